@@ -1,0 +1,251 @@
+"""YAML files and `key=value` overrides as plain mappings that remember where each key was written.
+
+The reader is PyYAML's safe loader with the scalars of YAML 1.2: `1e-4` is a number, `on`, `off`, `yes`, `no`, `1:30`
+and dates are text, `010` is ten. Underscores in numbers are kept from YAML 1.1 (`100_000`). Keys given twice, keys
+that are not text, and files that refer to themselves are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from lmobj.errors import UserError
+
+__all__ = ["Document", "merge", "parse", "parse_overrides", "read", "to_yaml"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Nested settings, and the place where each was written: dotted key -> `file:line`."""
+
+    values: dict[str, Any]
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def read(path: str | Path) -> Document:
+    """The settings in a YAML file, over those of the one file that it may name as `base:`.
+
+    `base` is relative to the file that names it and cannot name a base of its own.
+
+    Raises:
+      UserError: the file is missing, unreadable, not UTF-8 or not valid YAML, or so is its base.
+    """
+    path = Path(path)
+    document = parse(_text(path), str(path))
+    if "base" not in document.values:
+        return document
+    name, origin = document.values.pop("base"), document.origins.pop("base", str(path))
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{origin}: base is {show(name)}; it must be the path of a YAML file, relative to this one.")
+    base_path = path.parent / name
+    base = parse(_text(base_path, f"{origin}: base is {show(name)}, and "), str(base_path))
+    if "base" in base.values:
+        raise UserError(
+            f"{origin}: base is {show(name)}, and that file has a base of its own ({show(base.values['base'])}); "
+            "only one level of base is accepted."
+        )
+    return merge(base, document)
+
+
+def parse(text: str, source: str) -> Document:
+    """The settings in YAML text; `source` names the text in errors. Empty text holds no settings.
+
+    Raises:
+      UserError: the text is not valid YAML, or its top level is not a mapping.
+    """
+    values, node = _load(text, source)
+    if values is None:
+        return Document({})
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: the file holds {show(values)}; it must be a mapping of `key: value` lines.")
+    return Document(values, dict(_origins(node, source)))
+
+
+def parse_overrides(overrides: Sequence[str]) -> Document:
+    """The settings in `dotted.key=value` arguments, each value read as YAML; the last of two equal keys wins.
+
+    Raises:
+      UserError: an argument has no key, no `=` or no value, or its value is not valid YAML.
+    """
+    document = Document({})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise UserError(f"The override {override!r} is not of the form key=value, such as train.steps=100.")
+        if not text.strip():
+            raise UserError(f"The override {override!r} has no value; write {key}=null or {key}='\"\"' to empty it.")
+        if key.strip() == "base":
+            raise UserError(f"The override {override!r} sets base, which can only be set in the file.")
+        value, _ = _load(text, f"override {override!r}")
+        for part in reversed(parts):
+            value = {part: value}
+        origins = {".".join(parts[: i + 1]): f"override {override!r}" for i in range(len(parts))}
+        document = merge(document, Document(value, origins))
+    return document
+
+
+def merge(low: Document, high: Document) -> Document:
+    """`high` over `low`, mapping by mapping.
+
+    A section with another `name` than before is another kind of thing (another optimizer, another model), and none
+    of the old settings is kept in it.
+    """
+    return Document(_merge(low.values, high.values), {**low.origins, **high.origins})
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**low, **high}
+    for key in low.keys() & high.keys():
+        old, new = low[key], high[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            another_kind = "name" in old and "name" in new and old["name"] != new["name"]
+            merged[key] = new if another_kind else _merge(old, new)
+    return merged
+
+
+def to_yaml(values: Any) -> str:
+    """YAML text that reads back as the same values, here and with readers of YAML 1.1."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def show(value: Any, limit: int = 120) -> str:
+    """A value on one line as a user would write it in YAML, cut at `limit` characters."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    text = text.removesuffix("...\n").strip()
+    if isinstance(value, str) and text == value:
+        text = f'"{text}"'
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _text(path: Path, prefix: str = "") -> str:
+    """A file's text. `prefix` opens the error where there is more to say than the path."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{prefix}{path} does not exist; give the path of a YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{prefix}{path} is not UTF-8 text: byte {error.start} cannot be decoded.") from None
+    except OSError as error:
+        raise UserError(f"{prefix}{path} cannot be read: {error.strerror}.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with YAML 1.2 scalars; refuses duplicate keys and keys that are not text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own class-level registry
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
+
+    def construct_tree(self, node: yaml.SequenceNode | yaml.MappingNode) -> Any:
+        # Deep construction makes PyYAML refuse an alias to a node that contains it.
+        if isinstance(node, yaml.SequenceNode):
+            return self.construct_sequence(node, deep=True)
+        return self.construct_mapping(node, deep=True)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == _tag("merge"):
+                continue
+            if key_node.tag != _tag("str"):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is not text; put it in quotes", key_node.start_mark
+                )
+            line = key_node.start_mark.line + 1
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"the key {key_node.value!r} is given twice, first in line {seen[key_node.value]}",
+                    key_node.start_mark,
+                )
+            seen[key_node.value] = line
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value.replace("_", "")
+        if node.tag == _tag("int"):
+            if len(text) > 4000:  # beyond this Python refuses the conversion
+                raise yaml.constructor.ConstructorError(None, None, "the number is too long", node.start_mark)
+            return int(text)
+        number = float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
+        if not math.isfinite(number):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the number {node.value} is not finite; no setting accepts it", node.start_mark
+            )
+        return number
+
+
+class _Dumper(yaml.SafeDumper):
+    """Knows the scalars of both YAML versions, so text that either would read as a number is put in quotes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _tag(name: str) -> str:
+    return f"tag:yaml.org,2002:{name}"
+
+
+_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+)
+for _name, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag(_name), re.compile(f"^(?:{_pattern})$"), list(_first))
+for _name in ("int", "float"):
+    _Loader.add_constructor(_tag(_name), _Loader.construct_number)
+for _name in ("map", "seq"):
+    _Loader.add_constructor(_tag(_name), _Loader.construct_tree)
+for _name in ("str", "bool", "null"):
+    _Loader.add_constructor(_tag(_name), yaml.SafeLoader.yaml_constructors[_tag(_name)])
+_Loader.yaml_constructors[None] = yaml.SafeLoader.construct_undefined
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+
+
+def _load(text: str, source: str) -> tuple[Any, yaml.Node | None]:
+    """The value of YAML text and its node; syntax errors as UserError with the line."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (None, None) if node is None else (loader.construct_document(node), node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        context = f" ({error.context})" if error.context else ""
+        what = "" if isinstance(error, yaml.constructor.ConstructorError) else "not valid YAML: "
+        raise UserError(f"{place}: {what}{error.problem}{context}.") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{source}:{line}: not valid YAML: the character {text[error.position]!a} is not allowed."
+        ) from None
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML: the values are nested too deeply.") from None
+
+
+def _origins(node: yaml.Node | None, source: str, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, `file:line`) of every key under a node."""
+    children: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(key_node.value, key_node, value_node) for key_node, value_node in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(str(i), item_node, item_node) for i, item_node in enumerate(node.value)]
+    for key, place, value_node in children:
+        yield prefix + key, f"{source}:{place.start_mark.line + 1}"
+        yield from _origins(value_node, source, f"{prefix}{key}.")

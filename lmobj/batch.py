@@ -1,0 +1,88 @@
+"""What flows from the data to an objective: the vocabulary's special ids, the rows it asks for, batches and row keys.
+
+A batch is a dict of arrays with standard names, rows first:
+
+    tokens        [B, L] int32   token ids
+    segment_ids   [B, L] int32   0 = padding; 1, 2, ... = the documents packed into a row
+    positions     [B, L] int32   position inside the segment, from 0
+    row_ids       [B, 2] int32   (source id, example id): the address of a row's randomness
+    token_types   [B, L] int32   pairs only: 0 for segment A, 1 for segment B
+    pair_labels   [B]    int32   pairs only: 0 = B follows A, 1 = B is from another document
+    word_starts   [B, L] bool    on request: the token begins a word
+    token_bytes   [B, L] int32   on request: UTF-8 bytes that the token stands for (0 for special tokens)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Int, Key, UInt32
+
+__all__ = ["Batch", "Layout", "RowSpec", "Vocabulary", "dropout_seeds", "row_keys"]
+
+Batch = dict[str, Array]
+Layout = Literal["packed", "pairs", "stream", "single"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Size of the vocabulary and the ids of its special tokens (None where the vocabulary has none)."""
+
+    size: int
+    pad: int = 0
+    unk: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    cls: int | None = None
+    sep: int | None = None
+    mask: int | None = None
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Every special id that this vocabulary has, ascending; corruption leaves these tokens alone."""
+        ids = (self.pad, self.unk, self.bos, self.eos, self.cls, self.sep, self.mask)
+        return tuple(sorted({i for i in ids if i is not None}))
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """The rows an objective reads. The data pipeline turns this into a row plan; nothing else passes between them.
+
+    layout: `packed`: documents end to end, cut at row ends, segments told apart; `single`: one piece of one
+      document per row, padded; `pairs`: two runs of sentences per row; `stream`: row b of successive batches
+      continues the same text, so that a carried memory stays with its text.
+    length: raw tokens in a row, special tokens included.
+    prefix, suffix: special ids put before and after each document (`packed`, `stream`) or each piece (`single`).
+      For `pairs` the prefix opens the row and the suffix closes both A and B.
+    fields: further per-token arrays wanted: `word_starts`, `token_bytes`.
+    """
+
+    layout: Layout
+    length: int
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    fields: tuple[str, ...] = ()
+
+
+def row_keys(key: Key[Array, ""], row_ids: Int[Array, "B 2"], step: Int[Array, ""] | int) -> Key[Array, " B"]:
+    """One threefry key per row, addressed by (run key, source id, step, example id).
+
+    A row's randomness then depends on nothing else: not on the batch it is in, its neighbours, padding, the
+    mesh, the number of hosts, or whether the run was resumed. `key` must be a threefry key: other kinds draw
+    differently under vmap.
+    """
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        raise ValueError(f"row_keys: the key is of kind {jax.random.key_impl(key)}; rows need a threefry2x32 key.")
+
+    def key_of(row_id: Int[Array, 2]) -> Key[Array, ""]:
+        source, example = row_id[0], row_id[1]
+        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, source), step), example)
+
+    return jax.vmap(key_of)(row_ids)
+
+
+def dropout_seeds(keys: Key[Array, " B"]) -> UInt32[Array, " B"]:
+    """The 32-bit seed per row that `noise.dropout` hashes: the first word of a key folded into its own domain."""
+    return jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, 0x0D07), dtype="uint32"))(keys)

@@ -1,0 +1,229 @@
+"""The commands. Whatever imports jax is imported inside a command, so that `lmobj --help` answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+import lmobj
+
+if TYPE_CHECKING:
+    from lmobj.config import Experiment
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="lmobj",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, such as configs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings over the file's, such as train.steps=500.", show_default=False),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `lmobj train` made.")]
+Split = Literal["train", "validation", "test"]
+Best = Annotated[bool, typer.Option("--best", help="The checkpoint with the least eval/loss, not the newest.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lmobj {lmobj.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train language models under any objective, exactly, in JAX.
+
+    Begin with: lmobj train configs/quickstart.yaml
+    """
+
+
+@app.command(rich_help_panel="Runs")
+def train(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Train a model and leave a run folder with checkpoints, metrics and a report.
+
+    Example: lmobj train configs/quickstart.yaml train.steps=500 run=runs/short
+    """
+    from lmobj.config import load
+    from lmobj.train import fit
+
+    fit(load(config, overrides or ()), quiet=quiet)
+
+
+@app.command(rich_help_panel="Runs")
+def resume(run: Run, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Continue a stopped run from its last checkpoint, bit for bit as if it had never stopped.
+
+    Only settings that do not change the result, such as train.mesh, may be given anew.
+    """
+    from lmobj.train import fit
+
+    fit(_experiment(run, overrides or ()), resume=True, quiet=quiet)
+
+
+@app.command("eval", rich_help_panel="Runs")
+def evaluate(
+    run: Run,
+    overrides: Overrides = None,
+    split: Annotated[Split, typer.Option(help="Which part of the data.")] = "validation",
+    best: Best = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures."""
+    from lmobj.train.trained import open_run
+
+    metrics = open_run(_experiment(run, overrides or ()), best=best).evaluate(split)
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        _print_table(("metric", split), [(name, f"{value:.6g}") for name, value in sorted(metrics.items())])
+
+
+@app.command(rich_help_panel="Runs")
+def generate(
+    run: Run,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
+    max_new_tokens: Annotated[int | None, typer.Option("--tokens", help="Most tokens to write; 128.")] = None,
+    num_samples: Annotated[int | None, typer.Option("--samples", help="Texts per prompt; 1.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits; 0: always the likeliest; 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest with this probability together.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw among tokens this likely beside the likeliest.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens seen before are less likely.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws; 0.")] = None,
+    num_beams: Annotated[int | None, typer.Option("--beam", help="Beam search with this many beams.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="With --beam: larger prefers longer texts; 0.6.")] = None,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token's log-probability in nats.")] = False,
+    summary: Annotated[bool, typer.Option("--summary", help="Print how repetitive and diverse the texts are.")] = False,
+    best: Best = False,
+) -> None:
+    """Continue a prompt with a causal model.
+
+    Example: lmobj generate runs/quickstart --prompt "The function returns" --temperature 0.8 --top-p 0.95
+    """
+    from lmobj.cli._decoding import print_continuations, print_statistics, settings
+    from lmobj.train.trained import on_one_device, open_run
+
+    chosen = settings(
+        {"num_beams": num_beams, "length_penalty": length_penalty},
+        {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        },
+        {"max_new_tokens": max_new_tokens, "num_samples": num_samples},
+    )
+    trained = open_run(on_one_device(_experiment(run)), best=best)
+    texts = trained.continue_text(prompt, chosen)
+    print_continuations(prompt, texts, trained.tokenizer, logprobs=logprobs)
+    if summary:
+        print_statistics(texts)
+
+
+@app.command(rich_help_panel="Runs")
+def fill(
+    run: Run,
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help='Text with masks, such as "Paris is the [MASK] of France."')
+    ],
+    top: Annotated[int, typer.Option(help="Guesses to show for each mask.")] = 5,
+    best: Best = False,
+) -> None:
+    """Guess the masked words of a text with a masked language model."""
+    from lmobj.cli._decoding import print_fillings
+    from lmobj.train.trained import on_one_device, open_run
+
+    print_fillings(*open_run(on_one_device(_experiment(run)), best=best).fill_text(text, top))
+
+
+@app.command(rich_help_panel="Configs")
+def config(config: Config, overrides: Overrides = None) -> None:
+    """Check a config and print it complete, with its base, overrides and every default."""
+    from lmobj.config import dump, load
+
+    print(dump(load(config, overrides or ())), end="")
+
+
+@app.command(rich_help_panel="Configs")
+def schema() -> None:
+    """Print the JSON schema of configs, which editors use for completion."""
+    from lmobj.config import schema
+
+    print(json.dumps(schema(), indent=2, ensure_ascii=False))
+
+
+@app.command(rich_help_panel="Configs")
+def objectives() -> None:
+    """List the training objectives: name, what it does, paper."""
+    from lmobj.objectives import REGISTRY
+
+    rows = [(name, kind.summary, kind.paper) for name, kind in sorted(REGISTRY.items())]
+    _print_table(("name", "what it does", "paper"), rows)
+
+
+@app.command(rich_help_panel="Configs")
+def doctor() -> None:
+    """Check versions, devices, memory and folders; exit with 1 if something would stop training."""
+    try:
+        from lmobj.train.environment import doctor as examine
+    except (ImportError, RuntimeError) as error:  # jax refuses a jaxlib that does not fit it with RuntimeError
+        print(f"no  the packages do not load: {error}")
+        raise typer.Exit(1) from None
+    well = True
+    for check in examine():
+        mark = {True: "ok", None: "!", False: "no"}[check.ok]
+        print(f"{mark:<3} {check.subject:<18} {check.finding}", flush=True)
+        well &= check.ok is not False
+    print("\nReady to train." if well else "\nSomething marked `no` stops training.")
+    raise typer.Exit(0 if well else 1)
+
+
+def _experiment(run: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run folder, which may have moved since it was made."""
+    from lmobj.config import load
+    from lmobj.train.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    folder.check_exists()
+    return dataclasses.replace(load(folder.config, overrides), run=str(run))
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table as wide as the terminal; tab-separated lines where the output goes into a file or a pipe."""
+    if not sys.stdout.isatty():
+        for row in (header, *rows):
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)

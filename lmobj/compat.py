@@ -1,0 +1,45 @@
+"""What differs between the jax lines that lmobj supports (0.10 and 0.11), in one place."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+
+__all__ = ["cast_varying", "vary_together", "varying_axes"]
+
+T = TypeVar("T")
+
+
+def varying_axes(*trees: object) -> frozenset[str]:
+    """The manual mesh axes, inside `jax.shard_map`, over which any array of `trees` differs between devices.
+
+    Empty outside `jax.shard_map`. jax keeps the set in `jax.typeof(x).manual_axis_type.varying` since 0.10 and kept it
+    in `jax.typeof(x).vma` before; either is read.
+    """
+    axes: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(trees):
+        kind = jax.typeof(leaf)
+        manual = getattr(kind, "manual_axis_type", None)
+        axes |= manual.varying if manual is not None else getattr(kind, "vma", frozenset())
+    return axes
+
+
+def cast_varying(tree: T, axes: frozenset[str]) -> T:
+    """`tree` with each array marked as differing over the manual mesh axes `axes`; its values stay the same.
+
+    The transpose of the cast is a sum over those axes. It turns the gradient that each shard found for a replicated
+    array into the whole gradient, which a custom VJP does not do on its own.
+    """
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = axes - varying_axes(x)
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def vary_together(*trees: T) -> tuple[T, ...]:
+    """`trees` with every array marked as differing over each manual axis that any one of them differs over."""
+    axes = varying_axes(trees)
+    return tuple(cast_varying(tree, axes) for tree in trees)

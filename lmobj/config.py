@@ -1,0 +1,116 @@
+"""A whole experiment as one frozen dataclass: read from YAML, checked, printed, described as a JSON schema.
+
+A config file is YAML with the sections of `Experiment`, and optionally one line `base: other.yaml` that names a file
+it builds on. Values are found in this order, the later over the earlier:
+
+    the defaults in the dataclasses < the base file < the file < key=value overrides
+
+Each section is defined beside the code that it configures; alternatives (models, objectives, optimizers, sources)
+are told apart by `name`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+from pydantic.json_schema import GenerateJsonSchema
+
+from lmobj import _settings, _yaml
+from lmobj.data import DataConfig
+from lmobj.errors import UserError
+from lmobj.models import ModelConfig
+from lmobj.objectives import ObjectiveConfig
+from lmobj.train.config import TrainConfig
+from lmobj.train.run_folder import differing_keys
+
+__all__ = ["Experiment", "difference", "dump", "load", "schema"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that decides what a run computes, and where it keeps it."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: str = "experiment"
+    """Name of the experiment; in a file, the file's own name unless given."""
+    run: str | None = None
+    """Run folder, which must not exist yet; null: runs/<name>."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """What text to train on and how it becomes tokens."""
+    model: ModelConfig
+    """The model to train, told apart by `name`."""
+    objective: ObjectiveConfig
+    """The training objective, told apart by `name`."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """Steps, batches, optimizer, mesh, evaluation and checkpoints."""
+    sample: tuple[str, ...] = ()
+    """Prompts that the finished model continues (or whose [MASK] it fills) for the report."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or "\\" in self.name or self.name in (".", ".."):
+            raise UserError(f'name is "{self.name}"; accepted: text that can name a folder, without slashes.')
+        if self.run is not None and not self.run.strip():
+            raise UserError('run is ""; accepted: the path of a folder, or null for runs/<name>.')
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run) if self.run is not None else Path("runs") / self.name
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment from a YAML file and `dotted.key=value` overrides.
+
+    Args:
+      path: the file; it may name one other file, relative to itself, as `base`.
+      overrides: each as `train.steps=100`; the value is read as YAML.
+
+    Raises:
+      UserError: one paragraph that names the place (`file:line`), the key, its value and what is accepted.
+    """
+    document = _yaml.merge(_yaml.read(path), _yaml.parse_overrides(overrides))
+    values = {"name": Path(path).stem, **document.values}
+    return _settings.build(Experiment, dataclasses.replace(document, values=values), str(path))
+
+
+def dump(experiment: Experiment) -> str:
+    """The experiment as YAML, complete with every default; `load` reads it back to an equal experiment."""
+    return _yaml.to_yaml(_settings.plain(experiment))
+
+
+def difference(before: Experiment, after: Experiment) -> list[tuple[str, Any, Any]]:
+    """The dotted keys in which two experiments differ, with both values."""
+    return list(differing_keys(_settings.plain(before), _settings.plain(after)))
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of config files, for completion and checks in editors.
+
+    Nothing is required in it, because a file may leave to its `base` what it does not say itself.
+    """
+    described = pydantic.TypeAdapter(Experiment).json_schema(schema_generator=_Schema)
+    base = {"type": "string", "title": "Base", "description": "A YAML file that this one builds on, relative to it."}
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        **described,
+        "title": "lmobj experiment",
+        "properties": {"base": base, **described["properties"]},
+    }
+
+
+class _Schema(GenerateJsonSchema):
+    """Takes descriptions from the docstring literals under the fields, and closes every section."""
+
+    def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+        described = super().dataclass_schema(schema)
+        described.pop("required", None)
+        docs = _settings.field_docs(schema["cls"])
+        for key, field in described.get("properties", {}).items():
+            if docs.get(key):
+                field["description"] = docs[key]
+        return {**described, "additionalProperties": False}

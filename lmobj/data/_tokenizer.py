@@ -1,0 +1,354 @@
+"""SentencePiece as a lossless tokenizer: what is encoded decodes to the same text, byte for byte.
+
+Models trained here use no normalisation, no dummy prefix and keep every space; characters without a piece are spelled
+in bytes, a newline is a piece of its own, and runs of spaces may be pieces. The special pieces have fixed ids:
+
+    <pad> 0   <unk> 1   <s> 2   </s> 3   [CLS] 4   [SEP] 5   [MASK] 6   newline 7   bytes 8..263
+
+Source: Kudo and Richardson, "SentencePiece", EMNLP 2018; Kudo, "Subword Regularization", ACL 2018 (unigram); Sennrich
+et al., "Neural Machine Translation of Rare Words with Subword Units", ACL 2016 (BPE).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from lmobj.batch import Vocabulary
+from lmobj.data._config import SentencePieceConfig
+from lmobj.errors import UserError
+
+__all__ = ["Tokenizer", "train_tokenizer"]
+
+_SPACE = "▁"
+"""How SentencePiece writes a space in a piece (U+2581). The character itself is spelled in bytes."""
+_PROBE = " a  b\n\ufb01\t\u00e9 "
+"""Comes back unchanged only from a model that neither normalises nor adds or drops spaces."""
+_TRAINING_THREADS = 16
+"""Fixed: unigram training adds floats per thread, so another number would be another model."""
+_LONGEST_LINE = 4096
+"""Characters of a training sentence; a longer line is cut."""
+_CHUNK = 1024
+"""Characters after which a text is cut for encoding, at the next newline. Newlines are pieces of their own, so the cut
+changes nothing; but the unigram model adds up float32 scores, which run out of precision in a text of megabytes."""
+_TERMINATORS = ".!?"
+_WIDE_TERMINATORS = "。！？"  # noqa: RUF001
+
+
+class Tokenizer:
+    """Text to token ids and back, by a SentencePiece model."""
+
+    def __init__(self, model: bytes):
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._byte_ids = self._find_bytes()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Loads a `.model` file. Raises UserError if it is missing or no SentencePiece model."""
+        try:
+            return cls(Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"data.tokenizer.path: {path} cannot be read ({error.strerror}).") from error
+        except RuntimeError as error:
+            raise UserError(
+                f"data.tokenizer.path: {path} is not a SentencePiece model; accepted: a .model file as SentencePiece "
+                "writes it."
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model as a `.model` file that SentencePiece itself can load."""
+        Path(path).write_bytes(self._model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the model."""
+        return hashlib.blake2b(self._model, digest_size=16).hexdigest()
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Size and special ids. Where a loaded model has no padding piece, `pad` is its unknown piece, which every
+        model has: padding is told by segment 0, not by the id."""
+        sp = self._processor
+        return Vocabulary(
+            size=sp.get_piece_size(),
+            pad=sp.pad_id() if sp.pad_id() >= 0 else sp.unk_id(),
+            unk=sp.unk_id(),
+            bos=sp.bos_id() if sp.bos_id() >= 0 else None,
+            eos=sp.eos_id() if sp.eos_id() >= 0 else None,
+            cls=self._piece_id("[CLS]", "<cls>"),
+            sep=self._piece_id("[SEP]", "<sep>"),
+            mask=self._piece_id("[MASK]", "<mask>"),
+        )
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether decode(encode(text)) == text for every text. True of models trained here."""
+        sp = self._processor
+        return (
+            self._byte_ids is not None and sp.decode(sp.encode(_PROBE)) == _PROBE and sp.encode("a") != sp.encode(" a")
+        )
+
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.int32]:
+        """Token ids of `text`, [N] int32. With `special`, special pieces written in the text ("[MASK]") become their
+        ids; otherwise they are text like any other."""
+        if not special:
+            return self.encode_batch([text])[0]
+        pieces = {self.piece(i): i for i in self.vocabulary.special_ids}
+        pattern = "(" + "|".join(re.escape(piece) for piece in pieces) + ")"
+        parts = re.split(pattern, text)
+        ids = [
+            np.array([pieces[part]], np.int32) if index % 2 else self.encode(part) for index, part in enumerate(parts)
+        ]
+        return np.concatenate(ids)
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[NDArray[np.int32]]:
+        """Token ids of each text. `threads` work outside Python's lock; the result does not depend on them."""
+        chunks = [_chunks(text) if self.lossless else [text] for text in texts]
+        encoded = iter(self._processor.encode(list(itertools.chain.from_iterable(chunks)), num_threads=threads))
+        ids = []
+        for text, parts in zip(texts, chunks, strict=True):
+            own = list(itertools.chain.from_iterable(itertools.islice(encoded, len(parts))))
+            marked = self.lossless and _SPACE in text
+            ids.append(self._encode_with_marker(parts) if marked else np.array(own, np.int32))
+        return ids
+
+    def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
+        """The text of token ids. Special tokens are nothing; bytes that form no character become U+FFFD."""
+        return self._processor.decode(np.asarray(ids, np.int64).reshape(-1).tolist())
+
+    def piece(self, index: int) -> str:
+        """The piece with this id as SentencePiece writes it (a space is U+2581)."""
+        return self._processor.id_to_piece(int(index))
+
+    @cached_property
+    def piece_bytes(self) -> NDArray[np.int32]:
+        """[V] int32: UTF-8 bytes that each piece stands for; 0 for special pieces."""
+        return np.array([len(text) if text is not None else 0 for text in self._surface], np.int32)
+
+    def word_starts(self, tokens: NDArray[np.int32], segment_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """[B, L] bool: the token begins a word, for rows of tokens [B, L] with their segments [B, L].
+
+        Words are those of BERT's basic tokenizer: whitespace, punctuation marks and CJK characters bound them, and
+        each mark and character is a word of its own. A token begins a word if it begins with such a character, comes
+        after one or after a special token, or is the first of its segment (at a row's start the rest of a cut word
+        counts as a word). A run of whitespace belongs to the word after it when they share a piece. A character
+        spelled in bytes is a letter, unless it is ASCII.
+        """
+        opens, closes = self._word_tables
+        starts = opens[tokens]
+        starts[:, 0] = True
+        starts[:, 1:] |= closes[tokens[:, :-1]] | (segment_ids[:, 1:] != segment_ids[:, :-1])
+        return starts
+
+    @cached_property
+    def is_word(self) -> NDArray[np.bool_]:
+        """[V] bool: the piece, but for spaces before it, is letters alone, and so may be a whole word."""
+        return np.array([text is not None and _is_letters(text) for text in self._surface])
+
+    def sentence_ends(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """[S] int32: the offset after each sentence of a document [N]; the last one is N.
+
+        A sentence ends after a newline (or a run of them), after a token that ends in . ! ? when whitespace follows,
+        and after a token that ends in a full-width 。！？ (which must have a piece: its bytes do not count). Newlines
+        belong to the sentence before them.
+        """
+        newline, space, soft, hard = self._sentence_tables
+        before, after = tokens[:-1], tokens[1:]
+        ends = newline[before] | (soft[before] & space[after]) | (hard[before] & ~hard[after])
+        ends &= ~newline[after]
+        return np.append(np.flatnonzero(ends) + 1, len(tokens)).astype(np.int32)
+
+    def _piece_id(self, *names: str) -> int | None:
+        """Id of the first of these pieces that the model has; unknown pieces would come back as <unk>."""
+        sp = self._processor
+        return next((i for name in names if sp.id_to_piece(i := sp.piece_to_id(name)) == name), None)
+
+    def _find_bytes(self) -> NDArray[np.int32] | None:
+        ids = [self._piece_id(f"<0x{byte:02X}>") for byte in range(256)]
+        return None if None in ids else np.array(ids, np.int32)
+
+    def _encode_with_marker(self, chunks: list[str]) -> NDArray[np.int32]:
+        """SentencePiece would read U+2581 as a space, so that character goes around it, in bytes."""
+        assert self._byte_ids is not None
+        marker = self._byte_ids[list(_SPACE.encode())].tolist()
+        ids: list[int] = []
+        for chunk in chunks:
+            first, *others = chunk.split(_SPACE)
+            ids += self._processor.encode(first)
+            for part in others:
+                ids += marker + self._processor.encode(part)
+        return np.array(ids, np.int32)
+
+    @cached_property
+    def _surface(self) -> list[bytes | None]:
+        """The UTF-8 bytes of each piece; None for special pieces."""
+        sp = self._processor
+        special = set(self.vocabulary.special_ids)
+        surface: list[bytes | None] = []
+        for index in range(sp.get_piece_size()):
+            piece = sp.id_to_piece(index)
+            if sp.is_byte(index):
+                surface.append(bytes([int(piece[3:5], 16)]))
+            elif sp.is_control(index) or sp.is_unknown(index) or sp.is_unused(index) or index in special:
+                surface.append(None)
+            else:
+                surface.append(piece.replace(_SPACE, " ").encode())
+        return surface
+
+    @cached_property
+    def _edges(self) -> list[tuple[str, str] | None]:
+        """First and last character of each piece; "" inside a character (a byte above 127), None for special pieces."""
+        edges: list[tuple[str, str] | None] = []
+        for text in self._surface:
+            if text is None:
+                edges.append(None)
+            elif len(text) <= 1 and not text.isascii():
+                edges.append(("", ""))
+            else:
+                characters = text.decode()
+                edges.append((characters[:1], characters[-1:]))
+        return edges
+
+    @cached_property
+    def _word_tables(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """[V] bool each: the piece begins with a character that opens a word; ends with one that closes it."""
+        opens = [edge is None or _bounds_word(edge[0]) for edge in self._edges]
+        closes = [edge is None or _bounds_word(edge[1]) for edge in self._edges]
+        return np.array(opens), np.array(closes)
+
+    @cached_property
+    def _sentence_tables(self) -> tuple[NDArray[np.bool_], ...]:
+        edges = [("", "") if edge is None else edge for edge in self._edges]
+        newline = [text is not None and len(text) > 0 and not text.strip(b"\n") for text in self._surface]
+        space = [first.isspace() for first, _ in edges]
+        soft = [last != "" and last in _TERMINATORS for _, last in edges]
+        hard = [last != "" and last in _WIDE_TERMINATORS for _, last in edges]
+        return np.array(newline), np.array(space), np.array(soft), np.array(hard)
+
+
+def train_tokenizer(config: SentencePieceConfig, texts: Iterable[str], size: int) -> Tokenizer:
+    """Trains a model on documents of about `size` bytes together, or an even sample of their lines.
+
+    The same texts and settings give the same model on any number of cores.
+
+    Raises UserError if the corpus does not support `vocab_size` pieces, or they are too few to hold the special
+    pieces, the bytes and the characters.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sample(_training_lines(texts), config.sample_bytes / max(size, 1)),
+            model_writer=model,
+            vocab_size=config.trained_size,
+            model_type=config.model,
+            character_coverage=config.character_coverage,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            user_defined_symbols=["\n"],
+            control_symbols=["[CLS]", "[SEP]", "[MASK]"],
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            max_sentence_length=_LONGEST_LINE * 4,
+            num_threads=_TRAINING_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _training_error(config, str(error)) from error
+    return Tokenizer(model.getvalue())
+
+
+def _training_error(config: SentencePieceConfig, message: str) -> Exception:
+    """SentencePiece's complaint about the size of the vocabulary, as a UserError; any other as it is."""
+    size = config.trained_size
+    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", message):
+        return UserError(
+            f"data.tokenizer.vocab_size is {size}, but the training split supports at most {found[1]} {config.model} "
+            f"pieces; accepted: a vocab_size up to {found[1]}, or more text."
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UserError(
+            f"data.tokenizer.vocab_size is {size}, but the special pieces, the 256 bytes and the characters of the "
+            f"corpus alone need {found[1]}; accepted: a vocab_size of {found[1]} or more."
+        )
+    return RuntimeError(message)
+
+
+def _chunks(text: str) -> list[str]:
+    """The text in chunks of at least `_CHUNK` characters, each but the last ending after a newline."""
+    chunks = []
+    start = 0
+    while (end := text.find("\n", start + _CHUNK) + 1) > 0:
+        chunks.append(text[start:end])
+        start = end
+    return [*chunks, text[start:]]
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of the documents. Newlines are pieces by decree, so training need not see them."""
+    for text in texts:
+        for line in text.split("\n"):
+            while len(line) > _LONGEST_LINE:
+                cut = line.rfind(" ", 1, _LONGEST_LINE)
+                cut = cut if cut > 0 else _LONGEST_LINE
+                yield line[:cut]
+                line = line[cut:]
+            if line:
+                yield line
+
+
+def _sample(lines: Iterable[str], share: float) -> Iterator[str]:
+    """Lines that hold about this share of the bytes, evenly spread; all of them from a share of 1."""
+    seen = kept = 0
+    for line in lines:
+        size = len(line.encode())
+        seen += size
+        if kept < share * seen:
+            kept += size
+            yield line
+
+
+def _bounds_word(character: str) -> bool:
+    """Whether BERT's basic tokenizer separates this character from its neighbours."""
+    if not character:
+        return False
+    return character.isspace() or _is_punctuation(character) or _is_cjk(ord(character))
+
+
+def _is_letters(surface: bytes) -> bool:
+    try:
+        return surface.decode().lstrip(" ").isalpha()
+    except UnicodeDecodeError:  # one byte of a longer character
+        return False
+
+
+def _is_punctuation(character: str) -> bool:
+    """ASCII that is neither letter, digit, space nor control, or Unicode category P."""
+    ascii_mark = "!" <= character <= "~" and not character.isalnum()
+    return ascii_mark or unicodedata.category(character).startswith("P")
+
+
+def _is_cjk(code: int) -> bool:
+    """The Unicode blocks of CJK ideographs that BERT splits on."""
+    return (
+        0x4E00 <= code <= 0x9FFF
+        or 0x3400 <= code <= 0x4DBF
+        or 0x20000 <= code <= 0x2CEAF
+        or 0xF900 <= code <= 0xFAFF
+        or 0x2F800 <= code <= 0x2FA1F
+    )

@@ -1,0 +1,162 @@
+"""Generating text from prompts, and filling masks.
+
+    prompt = tokenizer.encode("Once upon")
+    generated = generate(model, [prompt], SamplingConfig(top_p=0.9, num_samples=3), eos=vocab.eos)
+    text = tokenizer.decode(generated.tokens[0, 0, : generated.lengths[0, 0]])
+
+`generate` works on the host with prompts of any lengths; `sample` and `beam_search` are what it compiles, and can be
+called inside other compiled code. Rows are independent: padding and neighbours change neither tokens nor draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+from numpy.typing import ArrayLike
+
+from lmobj import masks
+from lmobj.errors import UserError
+from lmobj.evaluate._beam_search import BeamConfig, beam_search
+from lmobj.evaluate._cached import Generated, output_logits
+from lmobj.evaluate._sampling import SamplingConfig, sample
+from lmobj.models import CachedModel, LanguageModel
+
+__all__ = ["DecodingConfig", "FilledMasks", "fill_masks", "generate"]
+
+DecodingConfig = SamplingConfig | BeamConfig
+"""How to decode, told apart by `name`."""
+
+
+class FilledMasks(NamedTuple):
+    """The k most probable tokens for each mask, most probable first. Masks are filled independently."""
+
+    tokens: Int[Array, "B K k"]
+    probabilities: Float[Array, "B K k"]
+
+
+def generate(
+    model: CachedModel, prompts: Sequence[ArrayLike], settings: DecodingConfig, *, eos: int | None = None
+) -> Generated:
+    """Continues each prompt; returns host arrays of P prompts x N samples x at most `max_new_tokens` tokens.
+
+    Compiles once per (model structure, number of prompts, longest prompt, settings, eos).
+
+    Args:
+      model: an NNX module that is a `CachedModel`.
+      prompts: P one-dimensional arrays of token ids, each of at least 1 token.
+      settings: sampling (greedy with temperature 0) or beam search.
+      eos: the token that ends a text; None: every text has `max_new_tokens` tokens.
+
+    Raises:
+      UserError: the model has no cache; no prompt, a prompt without tokens or with ids outside the vocabulary, an
+        `eos` outside it, or texts longer than the model allows.
+    """
+    if not isinstance(model, CachedModel):
+        raise UserError(
+            f"model is {type(model).__name__}, which reads in both directions or has no cache; text can be generated "
+            "by causal models that have `init_cache` and `step`."
+        )
+    rows = [np.asarray(prompt) for prompt in prompts]
+    _check_prompts(model, rows, eos)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    padded = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    graphdef, state = nnx.split(model)
+    if isinstance(settings, BeamConfig):
+        return jax.device_get(_search(graphdef, state, padded, lengths, settings, eos))
+    count, samples = len(rows), settings.num_samples
+    keys = _sample_keys(settings.seed, count, samples)
+    settings = dataclasses.replace(settings, seed=0)  # so that another seed does not compile again
+    padded, lengths = np.repeat(padded, samples, axis=0), np.repeat(lengths, samples)
+    generated = jax.device_get(_sample(graphdef, state, padded, lengths, keys, settings, eos))
+    return Generated(*(x.reshape(count, samples, *x.shape[1:]) for x in generated))
+
+
+def fill_masks(
+    model: LanguageModel,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B K"],
+    k: int = 5,
+    *,
+    segment_ids: Int[Array, "B L"] | None = None,
+    token_types: Int[Array, "B L"] | None = None,
+) -> FilledMasks:
+    """The k most probable tokens at each position, by a masked language model; jit-able with `k` static.
+
+    Args:
+      model: a bidirectional model.
+      tokens: rows with the mask token at `positions`.
+      positions: which tokens to fill.
+      k: fillings per mask, from 1 to the vocabulary size.
+      segment_ids: 0 for padding; by default there is none.
+      token_types: as for `model.hidden`.
+    """
+    segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+    hidden = model.hidden(tokens, mask=masks.bidirectional().packed(segments), token_types=token_types)
+    picked = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+    probabilities, filling = jax.lax.top_k(jax.nn.softmax(output_logits(model, picked)), k)
+    return FilledMasks(filling, probabilities)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _search(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    prompts: Int[Array, "P L"],
+    lengths: Int[Array, " P"],
+    settings: BeamConfig,
+    eos: int | None,
+) -> Generated:
+    return beam_search(nnx.merge(graphdef, state), prompts, lengths, settings=settings, eos=eos)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _sample(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    prompts: Int[Array, "PN L"],
+    lengths: Int[Array, " PN"],
+    keys: Key[Array, " PN"],
+    settings: SamplingConfig,
+    eos: int | None,
+) -> Generated:
+    return sample(nnx.merge(graphdef, state), prompts, lengths, keys, settings=settings, eos=eos)
+
+
+def _sample_keys(seed: int, prompts: int, samples: int) -> Key[Array, " PN"]:
+    """One key per (prompt, sample), prompt by prompt; more of either changes no key."""
+    base = jax.random.key(seed, impl="threefry2x32")
+
+    def key_of(prompt: Int[Array, ""], number: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.fold_in(base, prompt), number)
+
+    return jax.vmap(key_of)(jnp.repeat(jnp.arange(prompts), samples), jnp.tile(jnp.arange(samples), prompts))
+
+
+def _check_prompts(model: CachedModel, prompts: list[np.ndarray], eos: int | None) -> None:
+    head = model.head_table()
+    vocab_size = head.vocab_size or head.table.shape[0]
+    if not prompts:
+        raise UserError("prompts are empty; give at least one.")
+    if eos is not None and not 0 <= eos < vocab_size:
+        raise UserError(f"eos is {eos}; the model's vocabulary accepts 0 .. {vocab_size - 1}.")
+    for number, prompt in enumerate(prompts):
+        if prompt.ndim != 1 or prompt.size == 0:
+            raise UserError(
+                f"prompt {number} has shape {prompt.shape}; it must be a list of at least 1 token, "
+                "for instance the token that begins or ends a document."
+            )
+        if not 0 <= prompt.min() <= prompt.max() < vocab_size:
+            raise UserError(
+                f"prompt {number} has ids in {prompt.min()} .. {prompt.max()}; "
+                f"the model's vocabulary accepts 0 .. {vocab_size - 1}."
+            )

@@ -1,0 +1,31 @@
+"""Losses: arrays in, one value per element out. No mean, mask or ignored label inside; jax alone, no flax."""
+
+from __future__ import annotations
+
+from lmobj.losses._binary import binary_nll
+from lmobj.losses._linear_logit_stats import linear_logit_stats
+from lmobj.losses._linear_token_nll import linear_token_nll
+from lmobj.losses._logit_stats import (
+    LogitStats,
+    label_smoothed_nll,
+    logit_stats,
+    nll,
+    offtarget_smoothed_nll,
+    offtarget_smoothing_entropy,
+    token_nll,
+    z_loss,
+)
+
+__all__ = [
+    "LogitStats",
+    "binary_nll",
+    "label_smoothed_nll",
+    "linear_logit_stats",
+    "linear_token_nll",
+    "logit_stats",
+    "nll",
+    "offtarget_smoothed_nll",
+    "offtarget_smoothing_entropy",
+    "token_nll",
+    "z_loss",
+]

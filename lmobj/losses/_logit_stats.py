@@ -1,0 +1,171 @@
+"""The statistics of one token's logits from which losses are made, and the losses."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lmobj.errors import UserError
+
+__all__ = [
+    "LogitStats",
+    "label_smoothed_nll",
+    "logit_stats",
+    "nll",
+    "offtarget_smoothed_nll",
+    "offtarget_smoothing_entropy",
+    "token_nll",
+    "z_loss",
+]
+
+
+class LogitStats(NamedTuple):
+    """Statistics over the vocabulary of each token's logits, in float32 or wider. All have the targets' shape."""
+
+    target_logit: Float[Array, "*N"]
+    """The target's logit; -inf for a target that is no existing class."""
+    logsumexp: Float[Array, "*N"]
+    """log sum_v exp(logits[v]) over the classes that exist."""
+    sum_logits: Float[Array, "*N"]
+    """sum_v logits[v] over the classes that exist."""
+    max_logit: Float[Array, "*N"]
+    """The highest logit of a class that exists; a constant to differentiation."""
+
+    @property
+    def correct(self) -> Bool[Array, "*N"]:
+        """Whether no class has a higher logit than the target: top-1 accuracy, where a tie counts as correct."""
+        return self.target_logit >= self.max_logit
+
+
+def logit_stats(
+    logits: Float[Array, "*N V"],
+    targets: Int[Array, "*N"],
+    *,
+    vocab_mask: Bool[Array, " V"] | None = None,
+    vocab_size: int | None = None,
+) -> LogitStats:
+    """The statistics of logits at hand, in `promote_types(logits, float32)`.
+
+    Args:
+      logits: [..., V].
+      targets: [...] class ids.
+      vocab_mask: [V] (or [..., V]), True for the classes that exist.
+      vocab_size: the number of real classes where the logits are padded.
+
+    Returns:
+      `LogitStats`. A target that is no existing class has a `target_logit` of -inf, so that its NLL is +inf.
+
+    Raises:
+      UserError: shapes or types that do not fit.
+    """
+    if logits.ndim < 1 or targets.shape != logits.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise UserError(
+            f"logit_stats: targets must be integers of shape {logits.shape[:-1]} for logits of shape {logits.shape}, "
+            f"not {targets.dtype}{list(targets.shape)}."
+        )
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    classes = jnp.arange(logits.shape[-1])
+    exists = jnp.ones_like(classes, bool) if vocab_mask is None else vocab_mask
+    if vocab_size is not None:
+        exists &= classes < vocab_size
+    inside = logits if vocab_mask is None and vocab_size is None else jnp.where(exists, logits, -jnp.inf)
+    index = jnp.clip(targets, 0, logits.shape[-1] - 1)
+    target_logit = jnp.take_along_axis(inside, index[..., None], axis=-1)[..., 0]
+    return LogitStats(
+        target_logit=jnp.where(targets == index, target_logit, -jnp.inf),
+        logsumexp=jax.nn.logsumexp(inside, axis=-1),
+        sum_logits=jnp.sum(jnp.where(exists, logits, 0), axis=-1),
+        max_logit=jax.lax.stop_gradient(jnp.max(inside, axis=-1)),
+    )
+
+
+def token_nll(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """Negative log-likelihood of each target in nats, unreduced: logsumexp(logits) - logits[target].
+
+    Computed in `promote_types(logits, float32)`. Where logits come from a table, `linear_token_nll` does without them.
+
+    Args:
+      logits: [..., V] unnormalised log-probabilities.
+      targets: [...] class ids; an id outside 0..V-1 has an NLL of +inf.
+
+    Raises:
+      UserError: shapes or types that do not fit.
+    """
+    return nll(logit_stats(logits, targets))
+
+
+def nll(stats: LogitStats) -> Float[Array, "*N"]:
+    """Negative log-likelihood in nats: logsumexp - target_logit."""
+    return stats.logsumexp - stats.target_logit
+
+
+def label_smoothed_nll(stats: LogitStats, *, epsilon: float, num_classes: int | Int[Array, ""]) -> Float[Array, "*N"]:
+    """Cross-entropy with q = (1 - epsilon) [v = target] + epsilon / V on every class, the target included.
+
+    (1 - epsilon) * nll + epsilon * (logsumexp - sum_logits / V). Szegedy et al. 2016, https://arxiv.org/abs/1512.00567,
+    section 7; the convention of `torch.nn.functional.cross_entropy(label_smoothing=...)`.
+
+    Args:
+      stats: statistics over V classes.
+      epsilon: in [0, 1).
+      num_classes: V, the number of classes that exist.
+
+    Raises:
+      UserError: epsilon out of range.
+    """
+    _check_epsilon("label_smoothed_nll", epsilon)
+    return (1 - epsilon) * nll(stats) + epsilon * (stats.logsumexp - stats.sum_logits / num_classes)
+
+
+def offtarget_smoothed_nll(
+    stats: LogitStats, *, epsilon: float, num_classes: int | Int[Array, ""]
+) -> Float[Array, "*N"]:
+    """Cross-entropy with q = 1 - epsilon on the target and epsilon / (V - 1) on each other class.
+
+    With low = epsilon / (V - 1): (1 - epsilon - low) * nll + low * sum_v -log p[v]. The convention of fairseq and t5x.
+    t5x also subtracts the entropy of q, so that a perfect fit costs 0: subtract `offtarget_smoothing_entropy` for that.
+
+    Args:
+      stats: statistics over V classes.
+      epsilon: in [0, 1).
+      num_classes: V, the number of classes that exist; at least 2.
+
+    Raises:
+      UserError: epsilon out of range.
+    """
+    _check_epsilon("offtarget_smoothed_nll", epsilon)
+    low = epsilon / (num_classes - 1)
+    return (1 - epsilon - low) * nll(stats) + low * (num_classes * stats.logsumexp - stats.sum_logits)
+
+
+def offtarget_smoothing_entropy(*, epsilon: float, num_classes: int) -> float:
+    """Entropy in nats of the target distribution of `offtarget_smoothed_nll`, its lowest possible value.
+
+    -(1 - epsilon) log(1 - epsilon) - epsilon log(epsilon / (V - 1)). t5x adds 1e-20 inside the second logarithm; here
+    0 log 0 = 0 instead.
+
+    Raises:
+      UserError: epsilon out of range.
+    """
+    _check_epsilon("offtarget_smoothing_entropy", epsilon)
+    if epsilon == 0:
+        return 0.0
+    return -(1 - epsilon) * math.log(1 - epsilon) - epsilon * math.log(epsilon / (num_classes - 1))
+
+
+def z_loss(stats: LogitStats) -> Float[Array, "*N"]:
+    """logsumexp^2, which keeps the softmax's normaliser near 1; T5X and PaLM add 1e-4 of it to the NLL.
+
+    With a coefficient z the gradient with respect to the logits is (1 + 2 z logsumexp) softmax - [v = target].
+    PaLM, https://arxiv.org/abs/2204.02311, section 5.
+    """
+    return jnp.square(stats.logsumexp)
+
+
+def _check_epsilon(name: str, epsilon: float) -> None:
+    if not 0 <= epsilon < 1:
+        raise UserError(f"{name}: epsilon is {epsilon}; it must be at least 0 and below 1.")

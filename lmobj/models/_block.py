@@ -1,0 +1,252 @@
+"""The transformer block, with norms before or after its parts, and the stack of blocks that decoder and encoder share.
+
+The blocks' parameters are stacked along a leading axis and the stack is one `scan`, so the compiled program does not
+grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt32
+
+from lmobj.attention import AttentionBackend, attention
+from lmobj.masks import AttentionMask
+from lmobj.models._layers import MLP, Activation, Init, LayerNorm, Linear, Norm, RMSNorm, apply_rotary
+from lmobj.noise import dropout
+from lmobj.partition import constrain
+
+__all__ = ["Block", "BlockSpec", "Call", "KVCache", "Remat", "Stack", "drop", "make_norm"]
+
+Remat = Literal["none", "dots", "full"]
+NormName = Literal["layernorm", "rmsnorm"]
+
+ATTENTION_OUT, MLP_OUT, EMBEDDING = 1, 2, 3
+"""Dropout sites; site 0 is the attention probabilities'."""
+
+HIDDEN_AXES = ("batch", "length", "activation_embed")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What a stack of blocks needs to know, whatever the family. Families translate their settings into one."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    post_norm: bool
+    norm: NormName
+    norm_eps: float
+    activation: Activation
+    bias: bool
+    dropout: float
+    attention_dropout: float
+    attention_soft_cap: float | None
+    attention_backend: AttentionBackend
+    remat: Remat
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, rows first; slot s holds the token at position s."""
+
+    keys: Float[Array, "B n S G Dh"]
+    values: Float[Array, "B n S G Dh"]
+
+    def write(
+        self,
+        layer: Int[Array, ""],
+        positions: Int[Array, "B T"],
+        k: Float[Array, "B T G Dh"],
+        v: Float[Array, "B T G Dh"],
+    ) -> KVCache:
+        """The cache with new tokens in their slots. Positions outside the cache (-1: padding) are dropped."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        slots = jnp.where(positions < 0, self.keys.shape[2], positions)
+        return KVCache(
+            self.keys.at[rows, layer, slots].set(k, mode="drop"), self.values.at[rows, layer, slots].set(v, mode="drop")
+        )
+
+    def read(self, layer: Int[Array, ""]) -> tuple[Float[Array, "B S G Dh"], Float[Array, "B S G Dh"]]:
+        """Keys and values of one layer."""
+        return (
+            jax.lax.dynamic_index_in_dim(self.keys, layer, axis=1, keepdims=False),
+            jax.lax.dynamic_index_in_dim(self.values, layer, axis=1, keepdims=False),
+        )
+
+
+class Call(NamedTuple):
+    """What every block of one call shares."""
+
+    mask: AttentionMask
+    positions: Int[Array, "B L"]
+    rotary: tuple[Array, Array] | None = None
+    dropout: UInt32[Array, " B"] | None = None
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with H query heads over G key and value heads."""
+
+    def __init__(self, spec: BlockSpec, *, init: Init, out_init: Init, rngs: nnx.Rngs) -> None:
+        def heads_of(count: int) -> Linear:
+            return Linear(
+                spec.width,
+                count * spec.head_dim,
+                axes=("embed", "heads"),
+                init=init,
+                bias=spec.bias,
+                param_dtype=spec.param_dtype,
+                rngs=rngs,
+            )
+
+        self.spec = spec
+        self.query = heads_of(spec.heads)
+        self.key = heads_of(spec.kv_heads)
+        self.value = heads_of(spec.kv_heads)
+        self.out = Linear(
+            spec.width,
+            spec.width,
+            axes=("heads", "embed"),
+            init=out_init,
+            bias=spec.bias,
+            param_dtype=spec.param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B L D"], layer: Int[Array, ""], call: Call, cache: KVCache | None
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """Attention of x over itself, or over the cache with x added to it."""
+        spec = self.spec
+        by_heads = (*x.shape[:2], -1, spec.head_dim)
+        q, k, v = (project(x).reshape(by_heads) for project in (self.query, self.key, self.value))
+        if call.rotary is not None:
+            q, k = apply_rotary(q, call.rotary), apply_rotary(k, call.rotary)
+        if cache is not None:
+            cache = cache.write(layer, call.positions, k, v)
+            k, v = cache.read(layer)
+        y = attention(
+            q,
+            k,
+            v,
+            call.mask,
+            backend=spec.attention_backend,
+            soft_cap=spec.attention_soft_cap,
+            dropout_rate=spec.attention_dropout,
+            dropout_seeds=call.dropout,
+            layer=layer,
+        )
+        return self.out(y.reshape(x.shape)), cache
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward part, each with a residual; norms before them (GPT-2) or after the sums (BERT)."""
+
+    def __init__(self, spec: BlockSpec, *, init: Init, out_init: Init, rngs: nnx.Rngs) -> None:
+        self.spec = spec
+        self.attention = Attention(spec, init=init, out_init=out_init, rngs=rngs)
+        self.attention_norm = make_norm(spec)
+        self.mlp = MLP(
+            spec.width,
+            spec.mlp_width,
+            activation=spec.activation,
+            bias=spec.bias,
+            init=init,
+            out_init=out_init,
+            param_dtype=spec.param_dtype,
+            rngs=rngs,
+        )
+        self.mlp_norm = make_norm(spec)
+
+    def __call__(
+        self, x: Float[Array, "B L D"], layer: Int[Array, ""], call: Call, cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """One layer; `layer` is its index in the stack."""
+        rate = self.spec.dropout
+        if self.spec.post_norm:
+            y, cache = self.attention(x, layer, call, cache)
+            x = self.attention_norm(x + drop(y, rate, call.dropout, layer, ATTENTION_OUT))
+            y = self.mlp(x)
+            return self.mlp_norm(x + drop(y, rate, call.dropout, layer, MLP_OUT)), cache
+        y, cache = self.attention(self.attention_norm(x), layer, call, cache)
+        x = x + drop(y, rate, call.dropout, layer, ATTENTION_OUT)
+        y = self.mlp(self.mlp_norm(x))
+        return x + drop(y, rate, call.dropout, layer, MLP_OUT), cache
+
+
+class Stack(nnx.Module):
+    """`spec.layers` blocks with stacked parameters, run by one scan."""
+
+    def __init__(self, spec: BlockSpec, *, init: Init, out_init: Init, rngs: nnx.Rngs) -> None:
+        def block(key: Array) -> Block:
+            return Block(spec, init=init, out_init=out_init, rngs=nnx.Rngs(params=key))
+
+        self.spec = spec
+        self.blocks = nnx.vmap(block)(jax.random.split(rngs.params(), spec.layers))
+
+    def __call__(self, x: Float[Array, "B L D"], call: Call) -> Float[Array, "B L D"]:
+        """The last block's output."""
+        return self._run(x, call, collect=False)[0]
+
+    def collect(self, x: Float[Array, "B L D"], call: Call) -> Float[Array, "n B L D"]:
+        """Every block's output."""
+        return self._run(x, call, collect=True)[1]
+
+    def _run(self, x: Float[Array, "B L D"], call: Call, *, collect: bool) -> tuple[Any, Any]:
+        graphdef, states = nnx.split(self.blocks)
+
+        def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, Array | None]:
+            state, index = layer
+            x, _ = nnx.merge(graphdef, state)(x, index, call)
+            x = constrain(x, HIDDEN_AXES)
+            return x, x if collect else None
+
+        return jax.lax.scan(_rematerialised(body, self.spec.remat), x, (states, jnp.arange(self.spec.layers)))
+
+    def step(self, x: Float[Array, "B T D"], call: Call, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
+        """The last block's output for new tokens, and the cache with them added. The cache is carried, never copied."""
+        graphdef, states = nnx.split(self.blocks)
+
+        def body(carry: tuple[Array, KVCache], layer: tuple[nnx.State, Array]) -> tuple[tuple[Array, KVCache], None]:
+            state, index = layer
+            return nnx.merge(graphdef, state)(carry[0], index, call, carry[1]), None
+
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (states, jnp.arange(self.spec.layers)))
+        return x, cache
+
+
+def make_norm(spec: BlockSpec) -> Norm:
+    """The norm that the spec asks for."""
+    if spec.norm == "rmsnorm":
+        return RMSNorm(spec.width, eps=spec.norm_eps, param_dtype=spec.param_dtype)
+    return LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias, param_dtype=spec.param_dtype)
+
+
+def drop(
+    x: Float[Array, "B ..."], rate: float, seeds: UInt32[Array, " B"] | None, layer: Int[Array, ""] | int, site: int
+) -> Float[Array, "B ..."]:
+    """Dropout where it is on."""
+    if seeds is None or rate == 0:
+        return x
+    return dropout(x, rate, seeds, layer=layer, site=site)
+
+
+def _rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`body` with what its backward pass keeps: everything, the products with weights, or only its input."""
+    if remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan cannot be merged with its recomputation

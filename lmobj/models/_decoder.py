@@ -1,0 +1,236 @@
+"""The decoder: GPT-2 with its defaults, LLaMA's kind with rotary positions, RMSNorm, SwiGLU and grouped queries.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Touvron et al. 2023, "LLaMA".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt32
+
+from lmobj import masks
+from lmobj.attention import AttentionBackend
+from lmobj.batch import Vocabulary
+from lmobj.errors import UserError
+from lmobj.masks import AttentionMask
+from lmobj.models._block import (
+    EMBEDDING,
+    HIDDEN_AXES,
+    BlockSpec,
+    Call,
+    KVCache,
+    NormName,
+    Remat,
+    Stack,
+    drop,
+    make_norm,
+)
+from lmobj.models._layers import Activation, DTypeName, Embedding, normal, output_head, pad_vocabulary, rotary_angles
+from lmobj.models._protocol import OutputHead
+from lmobj.models._settings import (
+    at_least,
+    check_length,
+    check_rotary,
+    check_transformer,
+    default_mlp_width,
+    resolve_dtype,
+)
+from lmobj.models._transformer import Transformer, default_positions
+from lmobj.partition import constrain
+
+__all__ = ["Decoder", "DecoderConfig"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm transformer decoder. The defaults are GPT-2 small without dropout."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: Literal["decoder"] = "decoder"
+    """Pre-norm transformer decoder (GPT-2, LLaMA)."""
+    layers: int = 12
+    """Number of blocks, at least 1."""
+    width: int = 768
+    """Width of the hidden states, a multiple of `heads`."""
+    heads: int = 12
+    """Query heads per layer."""
+    kv_heads: int | None = None
+    """Key and value heads, a divisor of `heads` (grouped-query attention); null: as many as query heads."""
+    mlp_width: int | None = None
+    """Inner width of the feed-forward part; null: 4 * width, or with swiglu 8/3 * width rounded up to 64s."""
+    max_length: int = 1024
+    """Most tokens in a row."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """`learned`: a vector per position added to the embedding; `rotary`: queries and keys rotated by position."""
+    rope_base: float = 10000.0
+    """Base of the rotary wavelengths, above 1."""
+    norm: NormName = "layernorm"
+    """`layernorm` or `rmsnorm`."""
+    norm_eps: float = 1e-5
+    """Added to the variance in norms, above 0."""
+    activation: Activation = "gelu"
+    """`gelu` (tanh approximation), `gelu_exact` or `swiglu`."""
+    bias: bool = True
+    """Whether linear layers and LayerNorm have biases."""
+    tie_embeddings: bool = True
+    """Whether the output table is the token embedding."""
+    dropout: float = 0.0
+    """Dropout rate of what attention and feed-forward part add to the residual, in [0, 1)."""
+    attention_dropout: float = 0.0
+    """Dropout rate of attention probabilities, in [0, 1)."""
+    embedding_dropout: float = 0.0
+    """Dropout rate of the embeddings, in [0, 1)."""
+    window: int | None = None
+    """Attention over the last `window` tokens only, the token itself included; null: over all."""
+    soft_cap: float | None = None
+    """Output logits become soft_cap * tanh(logits / soft_cap), above 0 (Gemma 2: 30); null: as they are."""
+    attention_soft_cap: float | None = None
+    """The same for attention logits (Gemma 2: 50)."""
+    vocab_multiple: int = 128
+    """The embedding's rows are padded up to a multiple of this, so that they divide over devices."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; output projections of the blocks have it over sqrt(2 * layers)."""
+    attention_backend: AttentionBackend = "xla"
+    """`xla` anywhere; `cudnn`: flash attention on NVIDIA GPUs, with dtype bfloat16 and no attention dropout or cap."""
+    remat: Remat = "dots"
+    """What is recomputed in the backward pass: `none`; `dots`: all but products with weights; `full`: each block."""
+    dtype: DTypeName = "float32"
+    """Dtype of the computation; norms and softmax are computed in float32 at least."""
+    param_dtype: DTypeName = "float32"
+    """Dtype of the parameters."""
+
+    def __post_init__(self) -> None:
+        check_transformer(self)
+        at_least(self, 1, "kv_heads", "window")
+        if self.heads % (self.kv_heads or self.heads):
+            raise UserError(f"model.kv_heads is {self.kv_heads} and model.heads is {self.heads}; it must divide them.")
+        check_rotary(self)
+        for name in ("soft_cap", "attention_soft_cap"):
+            cap = getattr(self, name)
+            if cap is not None and cap <= 0:
+                raise UserError(f"model.{name} is {cap}; it must be above 0, or null.")
+        if self.attention_backend == "cudnn" and self.attention_soft_cap is not None:
+            raise UserError(
+                f"model.attention_soft_cap is {self.attention_soft_cap} and model.attention_backend is cudnn, which "
+                "cannot cap logits; set the cap to null, or the backend to xla."
+            )
+
+    def build(self, vocab: Vocabulary, rngs: nnx.Rngs) -> Decoder:
+        """A decoder with fresh parameters."""
+        return Decoder(self, vocab, rngs)
+
+    def _block_spec(self) -> BlockSpec:
+        return BlockSpec(
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            kv_heads=self.kv_heads or self.heads,
+            mlp_width=self.mlp_width or default_mlp_width(self.width, self.activation),
+            post_norm=False,
+            norm=self.norm,
+            norm_eps=self.norm_eps,
+            activation=self.activation,
+            bias=self.bias,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            attention_soft_cap=self.attention_soft_cap,
+            attention_backend=self.attention_backend,
+            remat=self.remat,
+            dtype=resolve_dtype(self.dtype, "dtype"),
+            param_dtype=resolve_dtype(self.param_dtype, "param_dtype"),
+        )
+
+
+class Decoder(Transformer):
+    """A transformer decoder. The objective's mask decides who sees whom; `window` narrows it."""
+
+    def __init__(self, config: DecoderConfig, vocab: Vocabulary, rngs: nnx.Rngs) -> None:
+        spec = config._block_spec()
+        init = normal(config.init_std)
+        rows = pad_vocabulary(vocab.size, config.vocab_multiple)
+        self.config = config
+        self.spec = spec
+        self.vocab_size = vocab.size
+
+        def table(size: int, axes: tuple[str, str]) -> Embedding:
+            return Embedding(size, spec.width, axes=axes, init=init, param_dtype=spec.param_dtype, rngs=rngs)
+
+        self.tokens = table(rows, ("vocab", "embed"))
+        self.positions = table(config.max_length, ("positions", "embed")) if config.positions == "learned" else None
+        out_init = normal(config.init_std / math.sqrt(2 * config.layers))
+        self.stack = Stack(spec, init=init, out_init=out_init, rngs=rngs)
+        self.norm = make_norm(spec)
+        self.head = None if config.tie_embeddings else table(rows, ("vocab", "embed"))
+
+    def head_hidden(self, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """The identity: nothing stands between the trunk and the table."""
+        return hidden
+
+    def head_table(self) -> OutputHead:
+        """The token embedding where it is tied, else a table of its own."""
+        embedding = self.tokens if self.head is None else self.head
+        return output_head(embedding, self.vocab_size, soft_cap=self.config.soft_cap)
+
+    def init_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache for positions 0 .. length - 1.
+
+        Raises:
+          ValueError: `length` is above `max_length`.
+        """
+        check_length(length, self.config.max_length)
+        spec = self.spec
+        shape = (batch_size, spec.layers, length, spec.kv_heads, spec.head_dim)
+        return KVCache(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+
+    def step(
+        self, tokens: Int[Array, "B T"], cache: KVCache, positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Hidden states of new tokens, causal over the cache, and the cache with them added.
+
+        A token's slot in the cache is its position, so rows may stand at different positions. Positions in a row are
+        consecutive; -1 marks padding after a row's last token, which is not cached and whose output means nothing.
+        """
+        x, call = self._embed(tokens, masks.causal().at(positions[:, 0]), positions, None, None)
+        x, cache = self.stack.step(x, call, cache)
+        return self._finish(x), cache
+
+    def _embed(
+        self,
+        tokens: Int[Array, "B L"],
+        mask: AttentionMask,
+        positions: Int[Array, "B L"] | None,
+        token_types: Int[Array, "B L"] | None,
+        dropout: UInt32[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B L D"], Call]:
+        if token_types is not None:
+            raise ValueError("The decoder has no token types; pass none, or use the encoder.")
+        config, spec = self.config, self.spec
+        check_length(tokens.shape[1], config.max_length)
+        positions = default_positions(tokens, positions)
+        x = self.tokens(tokens, spec.dtype)
+        rotary = None
+        if self.positions is not None:
+            x = x + self.positions(positions, spec.dtype)
+        else:
+            rotary = rotary_angles(positions, spec.head_dim, config.rope_base, spec.dtype)
+        x = drop(constrain(x, HIDDEN_AXES), config.embedding_dropout, dropout, 0, EMBEDDING)
+        return x, Call(_windowed(mask, config.window), positions, rotary, dropout)
+
+    def _finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.norm(x)
+
+
+def _windowed(mask: AttentionMask, window: int | None) -> AttentionMask:
+    """The mask, narrowed to the model's window."""
+    if window is None:
+        return mask
+    if not mask.causal:
+        raise ValueError(f"model.window is {window} and the mask is bidirectional; a window needs a causal mask.")
+    return dataclasses.replace(mask, window=window if mask.window is None else min(window, mask.window))

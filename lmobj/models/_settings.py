@@ -1,0 +1,83 @@
+"""Checks that the families' settings share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lmobj.errors import UserError
+from lmobj.models._layers import DTypeName
+
+__all__ = [
+    "at_least",
+    "check_length",
+    "check_rates",
+    "check_rotary",
+    "check_transformer",
+    "default_mlp_width",
+    "resolve_dtype",
+]
+
+
+def at_least(settings: Any, minimum: int, *names: str) -> None:
+    """Refuses counts below `minimum`; None passes."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < minimum:
+            raise UserError(f"model.{name} is {value}; it must be at least {minimum}.")
+
+
+def check_rates(settings: Any, *names: str) -> None:
+    """Refuses dropout rates outside [0, 1)."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 <= value < 1:
+            raise UserError(f"model.{name} is {value}; it must be in [0, 1).")
+
+
+def check_transformer(settings: Any) -> None:
+    """Refuses sizes that decoder and encoder cannot have."""
+    at_least(settings, 1, "layers", "width", "heads", "mlp_width", "max_length", "vocab_multiple")
+    check_rates(settings, "dropout", "attention_dropout", "embedding_dropout")
+    for name in ("norm_eps", "init_std"):
+        if getattr(settings, name) <= 0:
+            raise UserError(f"model.{name} is {getattr(settings, name)}; it must be above 0.")
+    if settings.width % settings.heads:
+        raise UserError(
+            f"model.heads is {settings.heads} and model.width is {settings.width}; heads must divide the width."
+        )
+    if settings.attention_backend == "cudnn" and settings.attention_dropout > 0:
+        raise UserError(
+            f"model.attention_dropout is {settings.attention_dropout} and model.attention_backend is cudnn, which "
+            "cannot drop out attention probabilities; set the dropout to 0, or the backend to xla."
+        )
+
+
+def check_rotary(settings: Any) -> None:
+    """Refuses what rotary positions cannot have."""
+    head_width = settings.width // settings.heads
+    if settings.positions == "rotary" and head_width % 2:
+        raise UserError(f"model.positions is rotary and model.width / model.heads is {head_width}; it must be even.")
+    if settings.rope_base <= 1:
+        raise UserError(f"model.rope_base is {settings.rope_base}; it must be above 1.")
+
+
+def default_mlp_width(width: int, activation: str) -> int:
+    """4 * width; for swiglu, which has a third matrix, 8/3 * width rounded up to a multiple of 64."""
+    return -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
+
+
+def resolve_dtype(name: DTypeName, key: str) -> jnp.dtype:
+    """The dtype called `name`. float64 is refused where jax would silently make it float32."""
+    if name == "float64" and jnp.result_type(float) != jnp.float64:
+        raise UserError(f"model.{key} is float64 and jax's 64-bit mode is off; set JAX_ENABLE_X64=1, or use float32.")
+    return jnp.dtype(name)
+
+
+def check_length(length: int, max_length: int) -> None:
+    """Refuses rows longer than the model was built for."""
+    if length > max_length:
+        raise UserError(
+            f"model.max_length is {max_length} and rows have {length} tokens; raise it to at least {length}."
+        )

@@ -1,0 +1,170 @@
+"""The objective contract: a training objective is a pure function of (models, batch, keys).
+
+    rows(vocab, length)                     the rows it reads; refuses settings that cannot be satisfied
+    prepare(models, batch, ctx)             outside the gradient, once per global batch
+    corrupt(keys, batch, ctx)               rows -> Example, on the device
+    weights(example)                        {term: denominator}, additive over rows
+    terms(models, example, carried, ctx)    {term: sum}, metrics, carried
+
+The trainer owns coefficients and denominators: total = sum over terms of coefficient(step) * sum / denominator,
+where the denominator is added over every microbatch and device before the backward pass. No objective divides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from lmobj.batch import Batch, RowSpec, Vocabulary, dropout_seeds
+from lmobj.masks import AttentionMask
+
+__all__ = ["Context", "Example", "Models", "Objective", "ObjectiveState", "Role", "TermKind", "Terms"]
+
+Models = Mapping[str, nnx.Module]
+"""Role name -> model."""
+
+Metric = tuple[Array, Array]
+"""(sum, weight): added over rows, microbatches and devices, divided once when it is logged."""
+
+
+class Role(enum.Enum):
+    """What the trainer does with a model that an objective needs."""
+
+    TRAINABLE = "trainable"
+    FROZEN = "frozen"
+
+
+class TermKind(enum.Enum):
+    """How a term behaves when a batch is split into microbatches."""
+
+    SUM = "sum"
+    """Additive over rows: exact under any split."""
+    PARAMETER = "parameter"
+    """A function of the parameters alone: counted once per step."""
+    BATCH = "batch"
+    """Needs the whole batch at once: refused under gradient accumulation."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What surrounds a batch. `keys` are one per row, for dropout and for sampling from models."""
+
+    keys: Key[Array, " B"]
+    step: Int[Array, ""] | int
+    vocab: Vocabulary = dataclasses.field(metadata={"static": True})
+    params: Any = ()
+    """The objective's own trained parameters (`ObjectiveState.params`)."""
+    train: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def dropout(self) -> UInt32[Array, " B"] | None:
+        """Dropout seeds, one per row; None in evaluation."""
+        return dropout_seeds(self.keys) if self.train else None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Example:
+    """What `corrupt` makes of a batch: everything that `weights` and `terms` read.
+
+    targets and weights have shape [B, L], or [B, K] where only the K positions in `predict` are predicted.
+    `extra` holds what one objective alone needs, rows first.
+    """
+
+    inputs: Int[Array, "B L"]
+    targets: Int[Array, "B N"]
+    weights: Float[Array, "B N"]
+    mask: AttentionMask
+    positions: Int[Array, "B L"] | None = None
+    token_types: Int[Array, "B L"] | None = None
+    predict: Int[Array, "B K"] | None = None
+    decoder_inputs: Int[Array, "B T"] | None = None
+    decoder_mask: AttentionMask | None = None
+    decoder_positions: Int[Array, "B T"] | None = None
+    extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+    def at_predictions(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B N D"]:
+        """The hidden states that predict the targets: those at `predict`, or all."""
+        return hidden if self.predict is None else jnp.take_along_axis(hidden, self.predict[..., None], axis=1)
+
+
+class ObjectiveState(NamedTuple):
+    """An objective's own state: trained parameters (uncertainty weights), and carried arrays with rows first."""
+
+    params: Any = ()
+    carried: Any = ()
+
+
+class Terms(NamedTuple):
+    """Sums per term, metrics as (sum, weight), and the carried state for the next step."""
+
+    sums: dict[str, Float[Array, ""]]
+    metrics: dict[str, Metric]
+    carried: Any = ()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of every objective: a frozen dataclass of hyper-parameters. See the module docstring for the contract.
+
+    A subclass sets `summary` and `paper`, implements `rows`, `corrupt` and `terms`, and overrides the rest when it
+    differs. `term_weights` gives each term its default coefficient; the config can override them.
+    """
+
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    roles: ClassVar[Mapping[str, Role]] = {"model": Role.TRAINABLE}
+    coefficients: ClassVar[Mapping[str, float]] = {"nll": 1.0}
+    epsilon: ClassVar[Mapping[str, float]] = {}
+    """Added to a term's denominator where the reference does so (BERT: 1e-5)."""
+    term_kinds: ClassVar[Mapping[str, TermKind]] = {}
+    """Kinds of the terms that are not `TermKind.SUM`."""
+    judged_by: ClassVar[Literal["loss", "bits_per_byte", "top5_accuracy"]] = "loss"
+    """The held-out figure that says most about a model of this objective: `bits_per_byte`, beside n-gram models, or
+    `top5_accuracy` on masked words, beside a unigram."""
+    updates: ClassVar[int] = 1
+    """Optimizer updates over one prepared batch (PPO's inner epochs)."""
+
+    def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
+        """The rows this objective reads for model inputs of `length` tokens. Raises UserError when it cannot."""
+        raise NotImplementedError
+
+    def init(self, key: Key[Array, ""], batch_size: int) -> ObjectiveState:
+        """Initial state for a global batch of `batch_size` rows; empty for most objectives."""
+        return ObjectiveState()
+
+    def prepare(self, models: Models, batch: Batch, ctx: Context) -> Batch:
+        """Adds to the global batch what must stay outside the gradient; the identity for most objectives."""
+        return batch
+
+    def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
+        """Corrupts rows, each by its own key. `keys` are for noise; `ctx.keys` are another domain."""
+        raise NotImplementedError
+
+    def weights(self, example: Example) -> dict[str, Float[Array, ""]]:
+        """Denominator of each term, additive over rows; by default the sum of the example's weights."""
+        return {name: jnp.sum(example.weights) for name in self.coefficients}
+
+    def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
+        """Weighted sums of each term over the rows given, never means."""
+        raise NotImplementedError
+
+
+def token_metrics(
+    nll: Float[Array, "B N"], weights: Float[Array, "B N"], correct: Bool[Array, "B N"] | None = None
+) -> dict[str, Metric]:
+    """The usual (sum, weight) metrics of predicted tokens: `nll` in nats, and `accuracy` where it is known."""
+    total = jnp.sum(weights)
+    metrics: dict[str, Metric] = {"nll": (jnp.sum(nll * weights), total)}
+    if correct is not None:
+        metrics["accuracy"] = (jnp.sum(correct * weights), total)
+    return metrics

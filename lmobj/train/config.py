@@ -1,0 +1,60 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lmobj.errors import UserError
+from lmobj.train.optimizers import AdamW, Optimizer
+from lmobj.train.schedules import Schedule
+from lmobj.train.sharding import MeshConfig
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on what mesh, with which optimizer, and how often to look."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    seed: int = 0
+    """Seed of initialisation, data order, noise and dropout."""
+    steps: int = 1000
+    """Global batches to train on, at least 1."""
+    batch_size: int = 16
+    """Rows in a global batch, over all devices and microbatches; a multiple of accumulate and of data x fsdp."""
+    accumulate: int = 1
+    """Microbatches that a global batch is taken in, to save memory; the result is that of the whole batch."""
+    optimizer: Optimizer = field(default_factory=AdamW)
+    """The optimizer and its learning-rate schedule."""
+    coefficients: dict[str, float | Schedule] = field(default_factory=dict)
+    """Weight of each of the objective's terms, a number or a schedule; the objective's own where absent."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the devices are arranged."""
+    sharding: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Logical axis name -> mesh axes, for the names that differ from the default table."""
+    log_every: int = 10
+    """Steps between lines of metrics, at least 1."""
+    evaluate_every: int | None = None
+    """Steps between evaluations on the validation split; absent: only at the end."""
+    evaluate_batches: int | None = None
+    """Batches per evaluation during training; absent: the whole split. The last evaluation always takes all of it."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; absent: only at the end. A signal always saves."""
+    keep: int = 2
+    """Newest checkpoints kept, at least 1; the best by eval/loss is kept beside them."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; accepted: 1 or more.")
+        for name in ("evaluate_every", "evaluate_batches", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name} is {value}; accepted: 1 or more, or null for only at the end.")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"train.accumulate is {self.accumulate}; accepted: a divisor of train.batch_size, {self.batch_size}."
+            )

@@ -1,0 +1,119 @@
+"""Evaluation on held-out rows: sums over the whole split, added on the host in float64 and divided once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from lmobj.evaluate import Cloze, NGram, cloze_hits, unigram_top_k
+from lmobj.train.assemble import Assembly
+from lmobj.train.step import TERM, State
+
+__all__ = ["Evaluation", "readable"]
+
+_GUESSES = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluates a run's states on one split."""
+
+    run: Assembly
+    split: str = "validation"
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the split holds any documents; without them there is nothing to evaluate on."""
+        return self.run.dataset.summary()["splits"][self.split]["documents"] > 0
+
+    def __call__(self, state: State, batches: int | None = None) -> dict[str, float]:
+        """Metrics over the split, or over its first `batches` batches; each is one quotient of sums.
+
+        For an objective judged by it, `top5_accuracy` on masked words is among them.
+        """
+        sums: dict[str, NDArray] = defaultdict(lambda: np.zeros(2))
+        for batch in self.run.batches(self.split, steps=batches):
+            for name, pair in jax.device_get(self.run.eval_step(state, batch)).items():
+                sums[name] += np.asarray(pair, np.float64)
+        for name, epsilon in self.run.objective.epsilon.items():
+            if sums[TERM + name][1] > 0:
+                sums[TERM + name][1] += epsilon
+        metrics = readable(sums, self.run.coefficients(state.step))
+        if self.cloze is not None and self.cloze.count:
+            metrics["top5_accuracy"] = self._top5_accuracy(state, self.cloze)
+        return metrics
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """What models without a network reach on the same held-out text, by the figure the objective is judged by."""
+        data, spec = self.run.dataset, self.run.rows
+        vocab = data.vocab
+        if not self.has_text or (self.cloze is not None and not self.cloze.count):
+            return {}
+        if self.cloze is not None:
+            no_words = tuple(np.flatnonzero(~data.tokenizer.is_word).tolist())
+            excluded = {"unigram": vocab.special_ids, "unigram of words": no_words}
+            return {
+                name: {"top5_accuracy": self.cloze.baseline(self._most_frequent(ids))} for name, ids in excluded.items()
+            }
+        if self.run.objective.judged_by != "bits_per_byte":
+            return {}
+        before, after = np.array(spec.prefix, np.int32), np.array(spec.suffix, np.int32)
+        documents = [np.concatenate([before, document, after]) for document in data.documents("train")]
+        scored = [self._rows[name] for name in ("tokens", "segment_ids", "token_bytes")]
+        orders = {"unigram": 1, "bigram": 2, "5-gram": 5}
+        return {
+            name: {"bits_per_byte": NGram.fit(documents, order, vocab.size).bits_per_byte(*scored)}
+            for name, order in orders.items()
+        }
+
+    def _most_frequent(self, exclude: tuple[int, ...]) -> NDArray[np.integer]:
+        """The five most frequent tokens of the training text, but for `exclude`."""
+        data = self.run.dataset
+        return unigram_top_k(data.documents("train"), data.vocab.size, _GUESSES, exclude=exclude)
+
+    @functools.cached_property
+    def cloze(self) -> Cloze | None:
+        """500 held-out words to guess, for objectives judged by that."""
+        mask = self.run.dataset.vocab.mask
+        if self.run.objective.judged_by != "top5_accuracy" or mask is None:
+            return None
+        tokenizer = self.run.dataset.tokenizer
+        rows = {**self._rows, "word_starts": tokenizer.word_starts(self._rows["tokens"], self._rows["segment_ids"])}
+        return Cloze.make(rows, tokenizer.is_word, mask_id=mask, count=500)
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, NDArray]:
+        batches = list(self.run.batches(self.split))
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _top5_accuracy(self, state: State, cloze: Cloze) -> float:
+        arrays = (cloze.tokens, cloze.segment_ids, cloze.positions, cloze.where, cloze.answers)
+        hits = _cloze_hits(self.run.program.graphs["model"], self.run.gathered(state)["model"], *arrays)
+        return float(np.sum(hits)) / cloze.count
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cloze_hits(graph: nnx.GraphDef, params: Any, *arrays: Any) -> Any:
+    return cloze_hits(nnx.merge(graph, params), *arrays, k=_GUESSES)
+
+
+def readable(pairs: Mapping[str, Any], coefficients: Mapping[str, float]) -> dict[str, float]:
+    """(sum, weight) pairs as numbers, with `loss` (the weighted terms together) and `perplexity` (exp of nll).
+
+    A metric without weight in this batch is left out, and so are the terms where there is but one.
+    """
+    values = {name: float(total) / float(weight) for name, (total, weight) in pairs.items() if float(weight) > 0}
+    terms = {name.removeprefix(TERM): value for name, value in values.items() if name.startswith(TERM)}
+    values.setdefault("loss", sum(coefficients[name] * value for name, value in terms.items()))
+    if "nll" in values:
+        values["perplexity"] = math.exp(min(values["nll"], 700.0))
+    return {name: value for name, value in values.items() if not name.startswith(TERM) or len(terms) > 1}

@@ -1,0 +1,189 @@
+"""The training step: a pure function of (state, frozen models, batch).
+
+The order is what makes accumulation exact. A global batch is corrupted at once (integers, cheap), its denominators are
+summed over all rows, and only then are gradients taken, microbatch by microbatch, of sums divided by those
+denominators. Any split into microbatches or devices therefore gives the gradient of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lmobj.batch import Batch, Vocabulary
+from lmobj.errors import UserError
+from lmobj.objectives import (
+    Context,
+    Metric,
+    Models,
+    Objective,
+    ObjectiveState,
+    TermKind,
+    denominators,
+    step_keys,
+    total_loss,
+)
+
+__all__ = ["TERM", "Program", "State", "StepMetrics"]
+
+Params = dict[str, Any]
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+StepMetrics = dict[str, Metric]
+
+TERM = "term/"
+"""Prefix of the metrics that hold each term on its own."""
+
+
+class State(NamedTuple):
+    """All that a run carries from step to step, and so all that a checkpoint holds.
+
+    step: number of global batches consumed; with the data's fingerprint and the seed it is the position in the data.
+    params: trainable parameters, {role: nested dict of arrays}.
+    opt_state: the optimizer's.
+    objective: the objective's own trained parameters and carried arrays.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    objective: ObjectiveState
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static side of a run: everything that the compiled step closes over.
+
+    graphs: role -> graph definition of every model, frozen ones included.
+    coefficients: term -> schedule over steps.
+    accumulate: microbatches per global batch.
+    """
+
+    objective: Objective
+    graphs: Mapping[str, nnx.GraphDef]
+    vocab: Vocabulary
+    optimizer: optax.GradientTransformation
+    coefficients: Mapping[str, Schedule]
+    seed: int
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        whole = [n for n, kind in self.objective.term_kinds.items() if kind is TermKind.BATCH]
+        if self.accumulate > 1 and whole:
+            raise UserError(
+                f"train.accumulate is {self.accumulate}, and the term {whole[0]!r} of {type(self.objective).__name__} "
+                "needs the whole batch at once; set train.accumulate=1."
+            )
+
+    def init(self, params: Params, batch_size: int) -> State:
+        """The state at step 0 for given parameters."""
+        own = self.objective.init(jax.random.fold_in(self.key, 1), batch_size)
+        return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(_trained(params, own.params)), own)
+
+    @property
+    def key(self) -> Array:
+        """The run's key, from which every row key is addressed."""
+        return jax.random.key(self.seed, impl="threefry2x32")
+
+    def train_step(self, state: State, frozen: Params, batch: Batch) -> tuple[State, StepMetrics]:
+        """One global batch: prepare, then one or more updates. Metrics are (sum, weight) pairs."""
+        ctx = self._context(batch, state, update=0, train=True)[1]
+        batch = self.objective.prepare(self._models(state.params, frozen), batch, ctx)
+        batch = jax.lax.stop_gradient(batch)
+        metrics: StepMetrics = {}
+        for update in range(self.objective.updates):
+            state, metrics = self._update(state, frozen, batch, update)
+        return state._replace(step=state.step + 1), metrics
+
+    def eval_step(self, state: State, frozen: Params, batch: Batch) -> StepMetrics:
+        """Metrics of one batch with fixed keys and no dropout; each term is (sum, weight) as well.
+
+        The weights are without a term's epsilon, which belongs to the quotient of the whole split's sums.
+        """
+        state = state._replace(step=jnp.zeros((), jnp.int32))
+        noise_keys, ctx = self._context(batch, state, update=0, train=False)
+        models = self._models(state.params, frozen)
+        example = self.objective.corrupt(noise_keys, self.objective.prepare(models, batch, ctx), ctx)
+        terms = self.objective.terms(models, example, state.objective.carried, ctx)
+        weights = self.objective.weights(example)
+        return {f"{TERM}{name}": (total, weights[name]) for name, total in terms.sums.items()} | terms.metrics
+
+    def _context(self, batch: Batch, state: State, update: int, train: bool) -> tuple[Array, Context]:
+        noise_keys, model_keys = step_keys(self.key, batch["row_ids"], state.step, update)
+        return noise_keys, Context(model_keys, state.step, self.vocab, state.objective.params, train=train)
+
+    def _models(self, params: Params, frozen: Params) -> Models:
+        given = {**jax.lax.stop_gradient(frozen), **params}
+        return {role: nnx.merge(graph, given[role]) for role, graph in self.graphs.items()}
+
+    def _update(self, state: State, frozen: Params, batch: Batch, update: int) -> tuple[State, StepMetrics]:
+        objective, parts = self.objective, self.accumulate
+        noise_keys, ctx = self._context(batch, state, update, train=True)
+        example = jax.lax.stop_gradient(objective.corrupt(noise_keys, batch, ctx))
+        weights = denominators(objective, example)
+        factors = {name: schedule(state.step) for name, schedule in self.coefficients.items()}
+
+        def loss(trained: Any, rows: Any) -> tuple[Array, tuple[Any, StepMetrics]]:
+            params, own = _untrained(trained)
+            part_example, part_carried, part_keys = rows
+            part_ctx = Context(part_keys, state.step, self.vocab, own, train=True)
+            terms = objective.terms(self._models(params, frozen), part_example, part_carried, part_ctx)
+            once = {n for n, kind in objective.term_kinds.items() if kind is TermKind.PARAMETER}
+            sums = {n: s / parts if n in once else s for n, s in terms.sums.items()}
+            terms = terms._replace(sums=sums)
+            total = total_loss(terms, weights, factors)
+            each = {f"{TERM}{name}": (value, weights[name] / parts) for name, value in sums.items()}
+            metrics = {"loss": (total, jnp.full((), 1 / parts)), **each, **terms.metrics}
+            return total, (terms.carried, metrics)
+
+        trained = _trained(state.params, state.objective.params)
+        gradient = jax.grad(loss, has_aux=True)
+        rows = (example, state.objective.carried, ctx.keys)
+        if parts == 1:
+            grads, (carried, metrics) = gradient(trained, rows)
+        else:
+
+            def accumulate(total: Any, part: Any) -> tuple[Any, Any]:
+                grads, aux = gradient(trained, part)
+                return jax.tree.map(jnp.add, total, grads), aux
+
+            split = jax.tree.map(lambda x: _split_rows(x, parts), rows)
+            grads, (carried, stacked) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trained), split)
+            carried = jax.tree.map(_join_rows, carried)
+            metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
+        params, own = _untrained(optax.apply_updates(trained, updates))
+        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
+        return State(state.step, params, opt_state, ObjectiveState(own, carried)), metrics
+
+
+_OWN = "objective"
+
+
+def _trained(params: Params, own: Any) -> Params:
+    """Everything that the optimizer changes as one dict: the roles, and the objective's own where it has any."""
+    return {**params, _OWN: own} if jax.tree.leaves(own) else params
+
+
+def _untrained(trained: Params) -> tuple[Params, Any]:
+    """Undoes `_trained`."""
+    return {role: value for role, value in trained.items() if role != _OWN}, trained.get(_OWN, ())
+
+
+def _split_rows(x: Array, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...], row r going to part r % parts.
+
+    Striding keeps the rows of each part spread over the devices as the batch is, so nothing moves between them.
+    """
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def _join_rows(x: Array) -> Array:
+    """Undoes `_split_rows`."""
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])

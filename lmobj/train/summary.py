@@ -1,0 +1,107 @@
+"""What a finished run leaves for people: baselines, samples, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmobj.errors import UserError
+from lmobj.evaluate import SamplingConfig, continue_text, fill_masks, fill_text, masked_tokens
+from lmobj.models import CachedModel
+from lmobj.train.assemble import Assembly
+from lmobj.train.evaluation import Evaluation
+from lmobj.train.report import write_report
+from lmobj.train.run_folder import RunFolder
+from lmobj.train.step import State
+from lmobj.train.tracking import Tracker
+
+__all__ = ["check_samples", "summarise"]
+
+_SAMPLING = SamplingConfig(max_new_tokens=80, temperature=0.8, top_p=0.95)
+"""How prompts are continued; by fewer tokens where the model has no room for so many."""
+
+
+def check_samples(run: Assembly) -> None:
+    """Refuses, before any training, prompts that the trained model could not continue or fill.
+
+    Raises:
+      UserError: naming the prompt.
+    """
+    if "model" not in run.program.graphs:
+        return
+    graph, tokenizer = run.program.graphs["model"], run.dataset.tokenizer
+
+    def use(prompt: str, params: Any) -> None:
+        model = nnx.merge(graph, params)
+        if isinstance(model, CachedModel):
+            length = len(tokenizer.encode(prompt))
+            if length == 0:
+                raise UserError("it is empty; accepted: a text of at least one character.")
+            model.init_cache(1, length + 1)
+        else:
+            tokens, where = masked_tokens(tokenizer, prompt)
+            fill_masks(model, jnp.asarray(tokens), jnp.asarray(where), k=1)
+
+    for prompt in run.config.sample:
+        try:
+            jax.eval_shape(functools.partial(use, prompt), run.abstract_state.params["model"])
+        except UserError as error:
+            raise UserError(f"sample has the prompt {prompt!r}, which the model cannot use: {error}") from None
+
+
+def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFolder, tracker: Tracker) -> None:
+    """Writes baselines.json, samples.json and report.html, and prints the figures, one sample and the report's path."""
+    baselines = evaluation.baselines()
+    samples = _samples(run, state)
+    folder.write_json("baselines.json", baselines)
+    folder.write_json("samples.json", samples)
+    for sample in samples:
+        tracker.text(int(state.step), "sample", sample["text"])
+    report = write_report(folder.path)
+
+    figure = run.objective.judged_by
+    for name, values in baselines.items():
+        tracker.note(f"{name:>10}  {figure} {values[figure]:.4f}")
+    reached = tracker.last(f"eval/{figure}")
+    if reached is not None:
+        tracker.note(f"{'this model':>10}  {figure} {reached:.4f}")
+    for sample in samples[:1]:
+        tracker.note(f"\n{sample['prompt']}\n-> {sample['text']}\n")
+    tracker.note(f"Report: {report}")
+
+
+def _samples(run: Assembly, state: State) -> list[dict[str, Any]]:
+    """The config's prompts, continued by models that generate and filled by models that fill masks."""
+    prompts = run.config.sample
+    if not prompts or "model" not in run.program.graphs:
+        return []
+    model, tokenizer = run.model(state), run.dataset.tokenizer
+    step = int(state.step)
+    if isinstance(model, CachedModel):
+        longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+        settings = dataclasses.replace(_SAMPLING, max_new_tokens=_room(model, longest))
+        texts = [
+            prompt + one[0].text
+            for prompt, one in zip(prompts, continue_text(model, tokenizer, prompts, settings), strict=True)
+        ]
+    else:
+        texts = [fill_text(model, tokenizer, prompt)[0] for prompt in prompts]
+    return [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _room(model: CachedModel, length: int) -> int:
+    """New tokens that the model has room for after a prompt of `length`, up to those of `_SAMPLING`."""
+
+    def accepted(total: int) -> bool:
+        try:
+            jax.eval_shape(lambda: model.init_cache(1, total))
+        except ValueError:
+            return False
+        return True
+
+    return next(n for n in range(_SAMPLING.max_new_tokens, 0, -1) if n == 1 or accepted(length + n))

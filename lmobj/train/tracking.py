@@ -1,0 +1,330 @@
+"""What a run tells: a live line in the terminal, `metrics.jsonl`, and TensorBoard event files.
+
+`metrics.jsonl` has one JSON object a line: `step`, then names such as `train/loss`, `eval/bits_per_byte` and
+`perf/tokens_per_second`. JSON has no NaN and no infinity: both are written as null and read back as NaN. Every line is
+handed to the operating system before `log` returns, so that a killed process loses none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lmobj.errors import UserError
+
+__all__ = ["PEAK_FLOPS", "Tracker", "last_metrics", "peak_flops", "read_metrics", "truncate_metrics"]
+
+PEAK_FLOPS: Mapping[str, float] = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "T4": 65e12,
+    "V100": 125e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+"""Peak dense 16-bit matrix operations per second of one JAX device, by a part of its `device_kind` (makers' data
+sheets; a TPU v2 or v3 device is one of the chip's two cores). Multiplies and adds count separately."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The peak of a kind of device, from the longest entry of `PEAK_FLOPS` whose words it has; None if unknown."""
+    words = device_kind.replace("-", " ").split()
+
+    def fits(entry: str) -> bool:
+        part = entry.split()
+        return any(words[i : i + len(part)] == part for i in range(len(words)))
+
+    name = max(filter(fits, PEAK_FLOPS), key=len, default=None)
+    return None if name is None else PEAK_FLOPS[name]
+
+
+class Tracker:
+    """Writes the metrics of one run and shows how it goes.
+
+    Lines and events of steps after `start` are dropped first: what a run did after the checkpoint that it resumes from
+    has not happened. In a terminal there is one live line; elsewhere a plain line every `interval` seconds.
+
+    Args:
+      run_dir: the run's folder; `metrics.jsonl` and `tensorboard/` are put in it.
+      start: step that the run starts or resumes from.
+      total: last step.
+      tokens_per_step: tokens in a global batch, for tokens per second.
+      flops_per_token: floating-point operations that training takes per token, for the model FLOPs utilisation
+        (about 6 times the parameters; Chowdhery et al. 2022, appendix B). It is shown where `peak_flops` knows the
+        device, never on CPU.
+      quiet: print nothing; the files are written all the same.
+      tensorboard: write event files.
+      interval: seconds between plain lines.
+
+    Only the first process writes and prints.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        start: int = 0,
+        total: int,
+        tokens_per_step: float | None = None,
+        flops_per_token: float | None = None,
+        quiet: bool = False,
+        tensorboard: bool = True,
+        interval: float = 10.0,
+    ) -> None:
+        self.run_dir = pathlib.Path(run_dir)
+        self.total, self.tokens_per_step, self.flops_per_token = total, tokens_per_step, flops_per_token
+        self._leader = jax.process_index() == 0
+        self._quiet = quiet or not self._leader
+        self._interval = interval
+        self._clock = _Clock()
+        self._printed = -math.inf
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+        self._lines: Any = None
+        self._events: Any = None
+        if not self._leader:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / "metrics.jsonl"
+        truncate_metrics(path, start)
+        self._lines = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # imported late: it imports torch where torch is installed
+
+            # Files are named by the second; the suffix tells apart sessions that start in the same one.
+            self._events = SummaryWriter(
+                str(self.run_dir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}.{os.getpid()}"
+            )
+        if not self._quiet and sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[line]}"))
+            self._live = Progress(*columns, console=self._console)
+            self._task = self._live.add_task("step", total=total, completed=start, line=f"{start}/{total}")
+            self._live.start()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of `step` to all places.
+
+        Where there are `train/` metrics among them, `perf/steps_per_second` and, where known,
+        `perf/tokens_per_second` and `perf/mfu` are added, measured since the `train/` metrics before.
+        """
+        if not self._leader:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        training = any(name.startswith("train/") for name in numbers)
+        if training:
+            numbers |= self._performance(self._clock.lap(step))
+        self._write(step, numbers)
+        if self._quiet:
+            return
+        if training:
+            self._show(step, numbers)
+        else:
+            self.note(f"step {step}  " + "  ".join(f"{name} {_number(value)}" for name, value in numbers.items()))
+
+    def last(self, name: str) -> float | None:
+        """The last value of a metric of this run, earlier processes included; None if it was never logged."""
+        return last_metrics(self.run_dir / "metrics.jsonl").get(name)
+
+    def text(self, step: int, name: str, value: str) -> None:
+        """Puts a text, such as a generated sample, into TensorBoard."""
+        if self._events is not None:
+            self._events.add_text(name, value, step)
+            self._events.flush()
+
+    def note(self, message: str) -> None:
+        """Prints a line for the person, above the live line."""
+        if not self._quiet:
+            self._console.print(message, markup=False)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time in this block, of an evaluation say, does not count in steps per second."""
+        with self._clock.pause():
+            yield
+
+    def close(self) -> None:
+        """Ends the live line and closes the files."""
+        if self._live is not None:
+            self._live.stop()
+        if self._events is not None:
+            self._events.close()
+        if self._lines is not None:
+            self._lines.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _performance(self, speed: float | None) -> dict[str, float]:
+        """`perf/...` metrics at `speed` steps per second; none for the first lap, which holds the compilation."""
+        if speed is None:
+            return {}
+        values = {"perf/steps_per_second": speed}
+        if self.tokens_per_step is not None:
+            values["perf/tokens_per_second"] = tokens = speed * self.tokens_per_step
+            device = jax.devices()[0]
+            peak = peak_flops(device.device_kind) if device.platform != "cpu" else None
+            if self.flops_per_token is not None and peak is not None:
+                values["perf/mfu"] = tokens * self.flops_per_token / (peak * jax.device_count())
+        return values
+
+    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._lines.flush()
+        if self._events is not None:
+            for name, value in finite.items():
+                if value is not None:
+                    self._events.add_scalar(name, value, step)
+            self._events.flush()
+
+    def _show(self, step: int, numbers: Mapping[str, float]) -> None:
+        parts = [f"{step}/{self.total}"]
+        if "train/loss" in numbers:
+            parts.append(f"loss {_number(numbers['train/loss'])}")
+        if "perf/tokens_per_second" in numbers:
+            parts.append(f"{numbers['perf/tokens_per_second']:,.0f} tokens/s")
+        if "perf/mfu" in numbers:
+            parts.append(f"MFU {numbers['perf/mfu']:.1%}")
+        seconds = self._clock.seconds_per_step
+        if seconds is not None:
+            parts.append(f"ETA {_duration(seconds * (self.total - step))}")
+        line = "  ".join(parts)
+        if self._live is not None:
+            self._live.update(self._task, completed=step, line=line)
+        elif time.monotonic() - self._printed >= self._interval or step >= self.total:
+            self._printed = time.monotonic()
+            self.note(f"step {line}")
+
+
+class _Clock:
+    """Steps per second between laps, without pauses, and seconds per step since the first lap, with them."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, float] | None = None
+        self._first: tuple[int, float] | None = None
+        self._paused = 0.0
+        self.seconds_per_step: float | None = None
+
+    def lap(self, step: int) -> float | None:
+        now, speed = time.monotonic(), None
+        if self._first is None or self._last is None:
+            self._first = (step, now)
+        elif step > self._last[0]:
+            elapsed = max(now - self._last[1] - self._paused, 1e-9)
+            speed = (step - self._last[0]) / elapsed
+            self.seconds_per_step = (now - self._first[1]) / (step - self._first[0])
+        self._last, self._paused = (step, now), 0.0
+        return speed
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - started
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+# --- metrics.jsonl ------------------------------------------------------------------------------------------------
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl` in order, null as NaN. A last line that was cut off while written is left out.
+
+    Raises:
+      UserError: there is no such file, or a line before the last is not a JSON object with a `step`.
+    """
+    return [
+        {name: math.nan if value is None else value for name, value in line.items()}
+        for line in _parse(pathlib.Path(path))
+    ]
+
+
+def last_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
+    """The last value of each metric in a `metrics.jsonl`."""
+    return {name: value for line in read_metrics(path) for name, value in line.items() if name != "step"}
+
+
+def truncate_metrics(path: str | os.PathLike[str], step: int) -> None:
+    """Drops the lines of steps after `step`, and a last line that was cut off; in one replacement, or not at all.
+
+    Raises:
+      UserError: a line before the last is not a JSON object with a `step`.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return
+    kept = "".join(json.dumps(line) + "\n" for line in _parse(path) if line["step"] <= step)
+    if kept.encode() == path.read_bytes():
+        return
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a file as they are, without a last one that does not end."""
+    if not path.is_file():
+        raise UserError(f"There is no {path}; give the metrics.jsonl of a run.")
+    *complete, _ = path.read_bytes().split(b"\n")
+    lines = []
+    for number, content in enumerate(complete, 1):
+        try:
+            line = json.loads(content)
+            if not isinstance(line["step"], int):
+                raise TypeError("step is not an integer")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number} is damaged ({error}); every line must be a JSON object with a step. Remove the line "
+                "to go on."
+            ) from error
+        lines.append(line)
+    return lines

@@ -1,0 +1,99 @@
+"""A finished or stopped run, opened again to evaluate it or to use its model.
+
+run = open_run(config)
+run.evaluate("test")["bits_per_byte"]
+run.continue_text(["Once upon"], SamplingConfig(top_p=0.9))[0][0].text
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmobj.data import Tokenizer
+from lmobj.errors import UserError
+from lmobj.evaluate import Continuation, DecodingConfig, Filling, continue_text, fill_text
+from lmobj.models import CachedModel
+from lmobj.train.assemble import Assembly, Experiment, assemble
+from lmobj.train.checkpoint import Checkpoints
+from lmobj.train.evaluation import Evaluation
+from lmobj.train.run_folder import RunFolder, check_same_run
+from lmobj.train.sharding import MeshConfig
+from lmobj.train.step import State
+
+__all__ = ["TrainedRun", "on_one_device", "open_run"]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The parts of a run, with the state of one of its checkpoints."""
+
+    assembly: Assembly
+    state: State
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model reads and writes."""
+        return self.assembly.dataset.tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The trained model, on one device."""
+        if "model" not in self.assembly.program.graphs:
+            roles = ", ".join(self.assembly.program.graphs)
+            raise UserError(
+                f"this run trained the models {roles}; text can be written by a run that trained one `model`."
+            )
+        return self.assembly.model(self.state)
+
+    def evaluate(self, split: str = "validation") -> dict[str, float]:
+        """The metrics over a whole split, as at the end of training."""
+        return Evaluation(self.assembly, split)(self.state)
+
+    def continue_text(self, prompts: Sequence[str], settings: DecodingConfig) -> list[list[Continuation]]:
+        """Continues each prompt; for every prompt the samples or beams."""
+        return continue_text(self.model, self.tokenizer, prompts, settings)
+
+    def fill_text(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:
+        """The text with each [MASK] filled, and the k best guesses for each."""
+        model = self.model
+        if isinstance(model, CachedModel):
+            raise UserError(
+                f"the model of this run is a {type(model).__name__}, which reads from left to right and cannot see "
+                "what follows a mask; accepted: a run of a masked language model, such as objective.name=masked_lm."
+            )
+        return fill_text(model, self.tokenizer, text, k)
+
+
+def open_run(config: Experiment, *, best: bool = False, quiet: bool = False) -> TrainedRun:
+    """Opens the run in `config.run_dir` at its newest whole checkpoint.
+
+    Args:
+      config: the run's own config; where it runs (mesh, cache) may differ.
+      best: take the checkpoint with the least eval/loss instead of the newest.
+      quiet: no progress bars.
+
+    Raises:
+      UserError: the folder has no checkpoint, or the config or the data are not those that it was made with.
+    """
+    folder = RunFolder(config.run_dir)
+    folder.check_exists()
+    with Checkpoints(folder.checkpoints, keep=config.train.keep, best="eval/loss") as checkpoints:
+        if checkpoints.latest_step is None:
+            raise UserError(
+                f"{str(folder.path)!r} has no checkpoint yet; continue the run with `lmobj resume {folder.path}`."
+            )
+        run = assemble(config, quiet=quiet)
+        step = checkpoints.best_step if best else None
+        stored = checkpoints.metadata(step)
+        if stored is not None:  # before the arrays are compared: it names the setting, not the array
+            check_same_run(stored, run.identity)
+        restored = checkpoints.restore(run.abstract_state, step=step)
+    return TrainedRun(run, restored.state)
+
+
+def on_one_device(config: Any) -> Any:
+    """The same experiment on a mesh of one device, which is all that generation needs, wherever it was trained."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=MeshConfig(data=1)))

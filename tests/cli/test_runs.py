@@ -1,0 +1,179 @@
+"""The commands on real, tiny runs: train, eval, generate, fill and resume, in process."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import random
+
+import pytest
+import yaml
+
+from lmobj.cli import main
+from lmobj.train.tracking import read_metrics
+
+Captured = pytest.CaptureFixture[str]
+
+_CONFIG = """
+data:
+  source: {name: text, files: [words.txt], documents: blocks}
+  tokenizer: {vocab_size: 360}
+  length: 16
+  cache: cache
+train:
+  steps: 4
+  batch_size: 4
+  mesh: {data: 1}
+  log_every: 2
+  evaluate_every: 2
+  checkpoint_every: 2
+"""
+_CAUSAL = (
+    "model: {name: gru, width: 8, layers: 1}\nobjective: {name: causal_lm}\nsample: [the quick]\nrun: causal\n"
+    + _CONFIG
+)
+_MASKED = (
+    "model: {name: encoder, layers: 1, width: 8, heads: 2, mlp_width: 16, max_length: 16}\n"
+    "objective: {name: masked_lm}\nsample: ['the [MASK] fox']\nrun: masked\n" + _CONFIG
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder in which both runs were trained by `lmobj train`."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "birds", "sing", "loudly"]
+    draw = random.Random(0)
+    (folder / "words.txt").write_text("\n\n".join(" ".join(draw.choices(words, k=30)) + "." for _ in range(80)))
+    (folder / "causal.yaml").write_text(_CAUSAL)
+    (folder / "masked.yaml").write_text(_MASKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "causal.yaml", "--quiet"]) == 0
+        assert main(["train", "masked.yaml", "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def refusal(capsys: Captured, *argv: str) -> str:
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lmobj: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("run", ["causal", "masked"])
+def test_train_leaves_a_whole_run_folder(run: str) -> None:
+    folder = pathlib.Path(run)
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "environment.json", "samples.json", "report.html",
+    }  # fmt: skip
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 4
+    assert json.loads((folder / "environment.json").read_text())["devices"] == "8 x cpu (cpu)"
+    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
+    assert steps == [2, 4]
+    page = (folder / "report.html").read_text()
+    prompt = {"causal": "the quick", "masked": "the [MASK] fox"}[run]
+    assert f"<mark>{prompt}</mark>" in page
+    assert "unigram" in page
+
+
+def test_eval_prints_what_training_measured_last(capsys: Captured) -> None:
+    assert main(["eval", "causal", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    logged = read_metrics("causal/metrics.jsonl")[-1]
+    assert metrics == {name.removeprefix("eval/"): value for name, value in logged.items() if name.startswith("eval/")}
+
+
+def test_eval_of_another_split_differs_and_prints_a_table(capsys: Captured) -> None:
+    tables = []
+    for split in ("validation", "test"):
+        assert main(["eval", "causal", "--split", split]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"metric\t{split}"
+        tables.append(dict(line.split("\t") for line in lines[1:]))
+    assert tables[0].keys() == tables[1].keys() >= {"loss", "perplexity", "bits_per_byte"}
+    assert tables[0]["loss"] != tables[1]["loss"]
+
+
+def test_eval_refuses_a_config_that_the_run_was_not_made_with(capsys: Captured) -> None:
+    assert "model.width is 16" in refusal(capsys, "eval", "causal", "model.width=16")
+
+
+def _generate(capsys: Captured, *options: str) -> str:
+    assert main(["generate", "causal", "--prompt", "the quick", "--tokens", "5", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_continues_the_prompt_and_the_seed_decides(capsys: Captured) -> None:
+    text = _generate(capsys)
+    assert text.startswith("the quick")
+    assert text == _generate(capsys, "--seed", "0")
+    assert text != _generate(capsys, "--seed", "1")
+    assert _generate(capsys, "--temperature", "0") == _generate(capsys, "--top-k", "1", "--seed", "5")
+    assert _generate(capsys, "--temperature", "0") == _generate(capsys, "--beam", "1")
+
+
+def test_generate_prints_log_probabilities_and_a_summary_on_request(capsys: Captured) -> None:
+    out = _generate(capsys, "--samples", "2", "--logprobs", "--summary")
+    texts = out.split("the quick")[1:]
+    assert len(texts) == 2
+    for text in texts:
+        lines = text[text.index("ln p  token") :].splitlines()[1:]
+        end = next(i for i, line in enumerate(lines) if line.endswith("together"))
+        values = [float(line.split()[0]) for line in lines[:end]]
+        assert 1 <= len(values) <= 5
+        assert all(value < 0 for value in values)
+        assert float(lines[end].split()[0]) == pytest.approx(sum(values), abs=0.003)  # each is rounded to 0.0005
+    assert "distinct pairs / pairs" in out
+    assert "distinct" not in _generate(capsys)
+
+
+def test_fill_shows_the_likeliest_guesses_of_each_mask(capsys: Captured) -> None:
+    assert main(["fill", "masked", "the [MASK] fox [MASK] over", "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "[MASK]" not in lines[0]
+    assert lines.count("mask 1") == lines.count("mask 2") == 1
+    for mask in ("mask 1", "mask 2"):
+        start = lines.index(mask) + 1
+        shares = [float(line.split("%")[0]) for line in lines[start : start + 3]]
+        assert shares == sorted(shares, reverse=True)
+        assert shares[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["generate", "causal", "--prompt", ""], ["the prompt is empty"]),
+        (["generate", "causal", "--prompt", "a", "--top-p", "2"], ["top_p is 2.0", "at most 1"]),
+        (["generate", "causal", "--prompt", "a", "--beam", "2", "--seed", "1"], ["--seed is 1", "--beam"]),
+        (["generate", "causal", "--prompt", "a", "--length-penalty", "1"], ["--length-penalty is 1.0", "with --beam"]),
+        (["generate", "masked", "--prompt", "a"], ["Encoder", "causal models"]),
+        (["fill", "causal", "a [MASK]"], ["GRULanguageModel", "reads from left to right"]),
+        (["fill", "masked", "no mask"], ["has no [MASK]"]),
+        (["fill", "masked", "a [MASK]", "--top", "0"], ["k is 0"]),
+        (["train", "causal.yaml"], ["'causal', which already exists", "lmobj resume causal"]),
+        (["resume", "causal", "train.steps=5"], ["train.steps is 5", "4"]),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_paragraph(capsys: Captured, argv: list[str], parts: list[str]) -> None:
+    message = refusal(capsys, *argv)
+    for part in parts:
+        assert part in message
+
+
+def test_resume_of_a_finished_run_changes_no_metric(capsys: Captured) -> None:
+    before = read_metrics("causal/metrics.jsonl")
+    assert main(["resume", "causal", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert read_metrics("causal/metrics.jsonl") == before
+
+
+def test_a_run_without_a_checkpoint_cannot_be_evaluated(capsys: Captured, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.yaml").write_text(_CAUSAL)
+    assert "has no checkpoint yet" in refusal(capsys, "eval", str(tmp_path))

@@ -1,0 +1,214 @@
+"""Batches: addressed by step, the same however they are read, and exact in every array."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from lmobj.batch import RowSpec
+from lmobj.data import Dataset
+from lmobj.errors import UserError
+
+LAYOUTS = ("packed", "single", "stream", "pairs")
+
+
+def spec_of(layout: str, length: int = 16) -> RowSpec:
+    return RowSpec(layout, length, (4,), (5,), ("word_starts", "token_bytes"))
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def check_arrays(dataset: Dataset, batch: dict, spec: RowSpec) -> None:
+    """What holds of every batch: types, segments in order, restarting positions, padding, and the asked fields."""
+    rows = len(batch["tokens"])
+    for name in ("tokens", "segment_ids", "positions", "token_bytes"):
+        assert batch[name].shape == (rows, spec.length)
+        assert batch[name].dtype == np.int32
+    assert batch["row_ids"].shape == (rows, 2)
+    assert batch["row_ids"].dtype == np.int32
+    for tokens, segments, positions in zip(batch["tokens"], batch["segment_ids"], batch["positions"], strict=True):
+        filled = int((segments > 0).sum())
+        assert (segments[filled:] == 0).all()  # padding is at the end
+        assert (tokens[filled:] == dataset.vocab.pad).all()
+        assert (positions[filled:] == 0).all()
+        for segment in range(1, segments.max(initial=0) + 1):
+            inside = np.flatnonzero(segments == segment)
+            assert len(inside) > 0
+            assert positions[inside].tolist() == list(range(len(inside)))
+    expected = np.where(batch["segment_ids"] > 0, dataset.tokenizer.piece_bytes[batch["tokens"]], 0)
+    assert np.array_equal(batch["token_bytes"], expected)
+    assert batch["word_starts"].dtype == np.bool_
+
+
+def text_of(dataset: Dataset, batch: dict) -> list[list[int]]:
+    """Raw tokens of each segment, special ids taken out, row by row."""
+    found = []
+    for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+        for segment in range(1, segments.max(initial=0) + 1):
+            found.append([t for t in tokens[segments == segment].tolist() if t not in (4, 5)])
+    return found
+
+
+@pytest.mark.parametrize("layout", ["packed", "stream"])
+def test_an_epoch_holds_every_token_once(dataset, layout):
+    spec = spec_of(layout)
+    rows = dataset.rows(spec, seed=3, batch_size=7)
+    documents = sorted(document.tolist() for document in dataset.documents("train"))
+    for epoch in (0, 1):
+        parts = [rows.row(epoch * rows.per_epoch + row) for row in range(rows.per_epoch)]
+        for part in parts:
+            check_arrays(dataset, part, spec)
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        assert sorted(whole["row_ids"][:, 1]) == list(range(epoch * rows.per_epoch, (epoch + 1) * rows.per_epoch))
+        tokens = whole["tokens"][whole["segment_ids"] > 0]
+        assert len(tokens) == sum(len(document) + 2 for document in documents)
+        counts = np.bincount(tokens, minlength=dataset.vocab.size)
+        expected = np.bincount(np.concatenate(documents), minlength=dataset.vocab.size)
+        expected[[4, 5]] += len(documents)
+        assert np.array_equal(counts, expected)
+
+
+def test_an_epoch_of_streams_is_the_documents_in_order(dataset):
+    rows = dataset.rows(RowSpec("stream", 16, (), (3,)), seed=0, batch_size=4)
+    batches = [rows.batch(step) for step in range(rows.per_epoch // 4)]
+    stream = [
+        t for b in range(4) for batch in batches for t in batch["tokens"][b][batch["segment_ids"][b] > 0].tolist()
+    ]
+    read: list[list[int]] = [[]]
+    for token in stream:  # no document holds the special id 3
+        if token == 3:
+            read.append([])
+        else:
+            read[-1].append(token)
+    assert read.pop() == []
+    assert sorted(read) == sorted(document.tolist() for document in dataset.documents("train"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_depends_on_its_step_alone(dataset, layout):
+    spec = spec_of(layout)
+    rows = dataset.rows(spec, seed=1, batch_size=6)
+    steps = 2 * rows.per_epoch // 6 + 3  # over two borders between epochs
+    read = list(dataset.batches(spec, seed=1, batch_size=6, steps=steps))
+    assert len(read) == steps
+    for step in (0, 1, steps // 2, steps - 1):
+        check_arrays(dataset, read[step], spec)
+        assert same(read[step], dataset.rows(spec, seed=1, batch_size=6).batch(step))
+        assert read[step]["row_ids"].tolist() == [[0, step * 6 + i] for i in range(6)]
+    resumed = list(dataset.batches(spec, seed=1, batch_size=6, start=steps - 2, steps=2))
+    assert same(resumed[0], read[-2])
+    assert same(resumed[1], read[-1])
+    border = rows.per_epoch // 6  # this batch takes rows of two epochs, or is the first of an epoch
+    for step in (1, border, 2 * rows.per_epoch // 6):
+        single = [rows.row(row) for row in range(step * 6, step * 6 + 6)]
+        assert same(read[step], {name: np.concatenate([row[name] for row in single]) for name in single[0]})
+
+
+@pytest.mark.parametrize("layout", ["packed", "single", "pairs"])
+def test_seed_and_epoch_change_the_order(dataset, layout):
+    spec = spec_of(layout)
+    rows, other = (dataset.rows(spec, seed=seed, batch_size=8) for seed in (0, 1))
+    first = [rows.row(row)["tokens"] for row in range(20)]
+    assert not np.array_equal(first, [other.row(row)["tokens"] for row in range(20)])
+    assert not np.array_equal(first, [rows.row(rows.per_epoch + row)["tokens"] for row in range(20)])
+
+
+def test_neighbours_in_a_batch_are_not_neighbours_in_the_text(dataset):
+    rows = dataset.rows(RowSpec("packed", 16), seed=0, batch_size=8)
+    texts = ["".join(map(chr, document)) for document in dataset.documents("train")]
+    # A row that holds one document is a stretch of it; two such rows in a batch are rarely of the same document.
+    owners = []
+    for row in range(60):
+        batch = rows.row(row)
+        if batch["segment_ids"].max() == 1:
+            piece = "".join(map(chr, batch["tokens"][0]))
+            owners.append(next(index for index, text in enumerate(texts) if piece in text))
+    assert len(owners) > 20
+    assert np.mean(np.diff(owners) == 0) < 0.2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_processes_read_slices_of_the_same_batch(dataset, layout):
+    spec = spec_of(layout)
+    whole = list(dataset.batches(spec, seed=0, batch_size=8, start=5, steps=3))
+    for count in (2, 4):
+        slices = [
+            list(dataset.batches(spec, seed=0, batch_size=8, start=5, steps=3, process_index=i, process_count=count))
+            for i in range(count)
+        ]
+        for step in range(3):
+            joined = {name: np.concatenate([part[step][name] for part in slices]) for name in whole[step]}
+            assert same(joined, whole[step])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_held_out_rows_are_read_once_in_order(dataset, layout, batch_size):
+    spec = spec_of(layout)
+    rows = dataset.rows(spec, split="validation", batch_size=batch_size)
+    batches = list(dataset.batches(spec, split="validation", seed=9, batch_size=batch_size))
+    assert len(batches) == rows.steps_per_epoch
+    assert all(len(batch["tokens"]) == batch_size for batch in batches)
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    check_arrays(dataset, whole, spec)
+    assert whole["row_ids"][:, 1].tolist() == list(range(len(batches) * batch_size))
+    assert (whole["segment_ids"][rows.per_epoch :] == 0).all()
+    assert len(whole["tokens"]) - rows.per_epoch < batch_size
+    if layout in ("packed", "single"):
+        pieces = [token for piece in text_of(dataset, whole) for token in piece]
+        assert pieces == np.concatenate(list(dataset.documents("validation"))).tolist()
+    again = list(dataset.batches(spec, split="validation", seed=0, batch_size=batch_size, steps=10**6))
+    assert len(again) == len(batches)
+    assert all(same(one, two) for one, two in zip(again, batches, strict=True))
+    assert list(dataset.batches(spec, split="validation", batch_size=batch_size, start=len(batches))) == []
+
+
+def test_pairs_carry_types_and_labels(dataset):
+    batch = dataset.rows(spec_of("pairs", 24), seed=0, batch_size=9).batch(2)
+    assert batch["pair_labels"].tolist() == [0] * 9
+    assert batch["pair_labels"].dtype == batch["token_types"].dtype == np.int32
+    for tokens, types, segments in zip(batch["tokens"], batch["token_types"], batch["segment_ids"], strict=True):
+        first, second = np.flatnonzero(tokens == 5)
+        assert tokens[0] == 4
+        assert second == (segments > 0).sum() - 1
+        assert types.tolist() == [0] * (first + 1) + [1] * (second - first) + [0] * (len(types) - second - 1)
+
+
+def test_specials_are_cut_at_row_ends_like_text(dataset):
+    # Prefix and suffix of several tokens, rows so short that they are cut: read back, nothing is missing or moved.
+    spec = RowSpec("packed", 3, (4, 6), (5, 6, 5))
+    rows = dataset.rows(spec, split="validation", batch_size=1)
+    stream = [t for row in range(rows.per_epoch) for t in rows.row(row)["tokens"][0].tolist()]
+    expected = [t for doc in dataset.documents("validation") for t in (4, 6, *doc.tolist(), 5, 6, 5)]
+    assert stream == expected + [0] * (-len(expected) % 3)
+
+
+def test_closing_an_endless_iterator_stops_its_threads(dataset):
+    before = threading.active_count()
+    batches = dataset.batches(spec_of("packed"), seed=0, batch_size=2)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain"):
+            thread.join(10)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"batch_size": 6, "process_count": 4}, "batch size 6 is not divisible by the 4 processes"),
+        ({"batch_size": 2, "split": "dev"}, "split is 'dev'; accepted: train, validation, test"),
+        ({"batch_size": 2, "spec": RowSpec("packed", 8, fields=("pos",))}, "'pos'; accepted: word_starts, token_bytes"),
+        ({"batch_size": 2, "spec": RowSpec("single", 2, (4,), (5,))}, "rows of 2 tokens"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_at_once(dataset, options, message):
+    with pytest.raises(UserError, match=message):
+        dataset.batches(**{"spec": RowSpec("packed", 8), "seed": 0, **options})

@@ -1,0 +1,184 @@
+"""Fixtures of the contract test: for each objective one tiny model, one batch, and functions compiled once.
+
+A new objective gets its row by adding a `Case` to `CASES`; the contract test fails if a registered one has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from lmobj import objectives
+from lmobj.batch import Batch, Vocabulary
+from lmobj.models import DecoderConfig, EncoderConfig, ModelBuilder
+from lmobj.objectives import Objective
+from lmobj.train.step import Program, State
+
+BATCH, LENGTH = 8, 16
+VOCAB = Vocabulary(size=40, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6)
+DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
+DECODER = DecoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
+ENCODER = EncoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the contract test needs to know of an objective.
+
+    per_document: a packed row is worth its documents separately.
+    sees_later: whether a prediction may depend on later tokens of its document.
+    variant: another corruption of an objective that has a case already: only what depends on corruption is tested.
+    """
+
+    objective: Objective
+    builders: Mapping[str, ModelBuilder]
+    per_document: bool = True
+    sees_later: bool = False
+    variant: bool = False
+
+    def models(self, dtype: str) -> tuple[dict[str, nnx.GraphDef], dict[str, Any]]:
+        """(graphs, params) of every role, initialised and moved off the initial zeros and ones."""
+        graphs, params = {}, {}
+        for i, (role, builder) in enumerate(self.builders.items()):
+            config = dataclasses.replace(builder, dtype=dtype, param_dtype="float32" if dtype == "bfloat16" else dtype)
+            graphs[role], state = nnx.split(config.build(VOCAB, nnx.Rngs(params=i)))
+            params[role] = jax.tree.map(_stir, nnx.to_pure_dict(state), _leaf_keys(nnx.to_pure_dict(state)))
+        return graphs, params
+
+
+CASES: dict[str, Case] = {
+    "causal_lm": Case(objectives.CausalLM(label_smoothing=0.1, z_loss=1e-3), {"model": DECODER}),
+    "masked_lm": Case(objectives.MaskedLM(mask_rate=0.3, max_predictions=6), {"model": ENCODER}, sees_later=True),
+    "masked_lm/bernoulli": Case(
+        objectives.MaskedLM(selection="bernoulli", mask_rate=0.3), {"model": ENCODER}, sees_later=True, variant=True
+    ),
+    "masked_lm/whole_word": Case(
+        objectives.MaskedLM(selection="whole_word", mask_rate=0.3, max_predictions=6),
+        {"model": ENCODER},
+        sees_later=True,
+        variant=True,
+    ),
+}
+
+
+def _leaf_keys(tree: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, list(jax.random.split(jax.random.key(7), len(leaves))))
+
+
+def _stir(leaf: jax.Array, key: jax.Array) -> jax.Array:
+    """Moves zeros and ones of biases and norms off their special values, so that a lost gradient shows."""
+    return leaf + 0.05 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+
+def make_batch(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
+    """Packed rows of one to three documents, most of them with padding; row r is the same in every batch."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("tokens", "segment_ids", "positions", "word_starts")}
+    for row in range(first_row, first_row + rows):
+        rng = np.random.default_rng([seed, row])
+        cuts = sorted(rng.choice(np.arange(3, length - 2), size=rng.integers(0, 3), replace=False))
+        end = length - int(rng.integers(0, 4))
+        bounds = [0, *[c for c in cuts if c < end - 2], end]
+        tokens, segments, positions = np.zeros(length, int), np.zeros(length, int), np.zeros(length, int)
+        starts = rng.random(length) < 0.6
+        for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+            tokens[a:b] = rng.integers(7, VOCAB.size, b - a)
+            segments[a:b], positions[a:b], starts[a] = i + 1, np.arange(b - a), True
+        for name, value in zip(columns, (tokens, segments, positions, starts), strict=True):
+            columns[name].append(value)
+    batch = {
+        name: jnp.asarray(np.stack(value), bool if name == "word_starts" else jnp.int32)
+        for name, value in columns.items()
+    }
+    batch["token_bytes"] = jnp.where(batch["segment_ids"] > 0, 3, 0)
+    batch["row_ids"] = jnp.stack(
+        [jnp.zeros(rows, jnp.int32), jnp.arange(first_row, first_row + rows, dtype=jnp.int32)], 1
+    )
+    return batch
+
+
+def pad_columns(batch: Batch, extra: int) -> Batch:
+    """The same rows with `extra` columns of padding."""
+    return {k: v if k == "row_ids" else jnp.pad(v, ((0, 0), (0, extra))) for k, v in batch.items()}
+
+
+def pad_rows(batch: Batch, extra: int) -> Batch:
+    """The same rows and `extra` empty ones."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, extra), (0, 0))), batch)
+
+
+def take_rows(batch: Batch, rows: Any) -> Batch:
+    """Some of the rows, in the order given."""
+    return jax.tree.map(lambda x: x[jnp.asarray(rows)], batch)
+
+
+class Bench:
+    """One objective with its models in one dtype, and its functions compiled once per shape."""
+
+    def __init__(self, case: Case, dtype: str = "float64") -> None:
+        self.case = case
+        self.objective = case.objective
+        self.graphs, self.params = case.models(dtype)
+        self.key = jax.random.key(3, impl="threefry2x32")
+        self.batch = make_batch()
+        self.loss = objectives.loss_fn(self.objective, self.graphs, VOCAB)
+        self.eval_loss = objectives.loss_fn(self.objective, self.graphs, VOCAB, train=False)
+        self.value_and_grad = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
+
+    @functools.cached_property
+    def reference(self) -> tuple[float, Any]:
+        """(loss, gradients) of the whole batch on one device, dropout on."""
+        (loss, _), grads = self.value_and_grad(self.params, self.batch, self.key)
+        return float(loss), grads
+
+    @functools.cached_property
+    def trained(self) -> tuple[State, list[float]]:
+        """State and losses of two steps on one device, batches whole."""
+        return self.train(self.program(), steps=2)
+
+    def program(self, accumulate: int = 1, optimizer: optax.GradientTransformation | None = None) -> Program:
+        """The training program with plain SGD at rate 1, so that a parameter's change is its gradient."""
+        constant: Callable[[float], Any] = lambda value: lambda step: jnp.asarray(value)  # noqa: E731
+        return Program(
+            objective=self.objective,
+            graphs=self.graphs,
+            vocab=VOCAB,
+            optimizer=optimizer or optax.sgd(1.0),
+            coefficients={name: constant(value) for name, value in self.objective.coefficients.items()},
+            seed=3,
+            accumulate=accumulate,
+        )
+
+    def train(self, program: Program, steps: int = 1, batch: Batch | None = None) -> tuple[State, list[float]]:
+        """The state after `steps` steps, and the loss of each."""
+        state, step, losses = program.init(self.params, BATCH), jax.jit(program.train_step), []
+        for i in range(steps):
+            state, metrics = step(state, {}, batch or make_batch(first_row=i * BATCH))
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        return state, losses
+
+
+def norm_gap(a: Any, b: Any) -> float:
+    """The largest relative distance, by norm, between matching tensors of two trees.
+
+    Tensors of which both are below 1e-12 of the global norm are rounding noise and count as equal: the gradient of a
+    key bias is exactly zero, because a softmax does not see what all its logits share.
+    """
+    a, b = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (a, b))
+    noise = 1e-12 * np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(b)))
+
+    def gap(x: np.ndarray, y: np.ndarray) -> float:
+        scale = max(np.linalg.norm(x), np.linalg.norm(y))
+        return 0.0 if scale <= noise else float(np.linalg.norm(x - y) / scale)
+
+    return max(jax.tree.leaves(jax.tree.map(gap, a, b)))

@@ -1,0 +1,47 @@
+"""The README's Python is run as it stands, and what it links to exists."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_TEXT = (_ROOT / "README.md").read_text(encoding="utf-8")
+_BLOCKS = re.findall(r"```python\n(.*?)```", _TEXT, re.DOTALL)
+
+
+def test_the_functions_run_under_jit_and_grad() -> None:
+    names: dict = {}
+    exec(_BLOCKS[0], names)
+    assert np.isfinite(names["value"])
+    assert float(jax.numpy.abs(names["gradient"]["embed"]).sum()) > 0
+    assert sum(bool(line.strip()) for line in _BLOCKS[0].splitlines()) <= 10
+
+
+def test_an_objective_of_ones_own_trains(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block as it stands, but for a model, a text and a run of toy size."""
+    (tmp_path / "text.txt").write_text("\n\n".join(f"The number {i} comes before {i + 1}." for i in range(400)))
+    monkeypatch.chdir(tmp_path)
+    toy = [
+        "run=runs/backwards",
+        "data={source: {name: text, files: [text.txt], documents: blocks}, tokenizer: {vocab_size: 300}, length: 16}",
+        "data.cache=cache",
+        "model={name: decoder, layers: 1, width: 8, heads: 2, positions: rotary}",
+        "train={steps: 2, batch_size: 8, optimizer: {name: sgd, schedule: {name: constant, peak: 0.1}}}",
+        "sample=[]",
+    ]
+    block = _BLOCKS[1].replace('["run=runs/backwards"]', repr(toy))
+    assert block != _BLOCKS[1]
+    names: dict = {"__name__": "readme"}
+    exec(block.replace('"configs/', f'"{_ROOT}/configs/'), names)
+    assert names["result"].metrics["eval/bits_per_byte"] > 0
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [t for t in re.findall(r"\]\(([^)#]+)\)", _TEXT) if not t.startswith("http")]
+    assert len(targets) > 10
+    assert [t for t in targets if not (_ROOT / t).exists()] == []

@@ -1,0 +1,109 @@
+"""Neither the mesh nor accumulation changes what is computed, dropout on. `tools/measure_exactness.py` has the whole
+matrix, with the compiler's optimisations, which are off here because they take most of the time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import PEAK, Kind, experiment
+
+from lmobj.train import Assembly, State
+from tools import measure_exactness as exact
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@contextlib.contextmanager
+def _precision(dtype: exact.DType) -> Iterator[None]:
+    with jax.enable_x64(dtype == "float64"):
+        yield
+
+
+def on_mesh(corpus: pathlib.Path, kind: Kind, dtype: exact.DType, mesh: tuple[int, int, int]) -> Assembly:
+    return exact.on_mesh(experiment(corpus, "unused", kind), mesh, dtype)
+
+
+def start(run: Assembly) -> State:
+    """A state on the run's mesh, drawn on the host, which is quicker than to compile the run's own initialisation."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name = jax.tree_util.keystr(path)
+        if not name.startswith(".params"):
+            return np.zeros(leaf.shape, leaf.dtype)
+        return (rng.normal(scale=0.05, size=leaf.shape) + ("scale" in name)).astype(leaf.dtype)
+
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, run.abstract_state), run.shardings)
+
+
+@functools.cache
+def one_device(corpus: pathlib.Path, kind: Kind, dtype: exact.DType) -> tuple[np.ndarray, list[Any]]:
+    """The losses and rows of 20 steps on one device."""
+    run = on_mesh(corpus, kind, dtype, (1, 1, 1))
+    return exact.curve(run, start(run))
+
+
+CASES: list[tuple[Kind, exact.DType, tuple[int, int, int]]] = [
+    *(("causal_lm", "float64", mesh) for mesh in exact.MESHES),
+    *(("masked_lm", "float64", mesh) for mesh in exact.MESHES),
+    ("causal_lm", "float32", (2, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "mesh"), CASES)
+def test_eight_devices_compute_what_one_does(
+    corpus: pathlib.Path, kind: Kind, dtype: exact.DType, mesh: tuple[int, int, int]
+) -> None:
+    with _precision(dtype):
+        losses, rows = one_device(corpus, kind, dtype)
+        run = on_mesh(corpus, kind, dtype, mesh)
+        assert run.replicated == ()  # every parameter is split as the rules ask
+        state = start(run)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {dtype}
+        other, read = exact.curve(run, state)
+    jax.tree.map(np.testing.assert_array_equal, rows, read)
+    assert len(np.unique([row["row_ids"] for row in rows], axis=0)) == len(losses) == exact.STEPS
+    assert PEAK <= 3e-3
+    assert exact.loss_gap(losses, other) <= exact.LOSS_LIMITS[dtype]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3  # so that the updates were compared as well
+
+
+GRADIENTS: list[tuple[exact.DType, tuple[int, ...]]] = [("float64", (4, 8)), ("float32", (8,))]
+
+
+@pytest.mark.parametrize(("dtype", "splits"), GRADIENTS)
+def test_accumulated_gradients_are_those_of_the_batch(
+    corpus: pathlib.Path, dtype: exact.DType, splits: tuple[int, ...]
+) -> None:
+    """Rows that predict different numbers of tokens; a mean of means would weigh the parts alike."""
+    with _precision(dtype):
+        run = exact.on_mesh(exact.unequal(experiment(corpus, "unused", "masked_lm")), (1, 1, 1), dtype)
+        state = start(run)
+        whole = exact.gradient(run, state, 1)
+        gaps = [exact.gradient_gap(whole, exact.gradient(run, state, parts), exact.NOISE[dtype]) for parts in splits]
+        counts = predictions(run)
+    assert max(gaps) <= exact.GRADIENT_LIMITS[dtype]
+    assert min(counts.reshape(2, 4).sum(0)) < max(counts.reshape(2, 4).sum(0))  # row r goes to part r % 4
+    assert min(counts) < max(counts)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(whole))
+
+
+def predictions(run: Assembly) -> np.ndarray:
+    """How many tokens each row of the first batch predicts."""
+    (batch,) = run.batches("train", steps=1)
+    program = run.program
+
+    @jax.jit
+    def weights(batch: Any) -> Any:
+        step = run.abstract_state._replace(step=0)
+        keys, ctx = program._context(batch, step, update=0, train=True)
+        return program.objective.corrupt(keys, batch, ctx).weights
+
+    return np.asarray(weights(batch)).sum(axis=1)
