@@ -307,7 +307,7 @@ def _draw_judged(axes: Axes, run: Run) -> None:
     if "accuracy" in run.judged_by:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
     if values.size:
-        ends = [(name, value, GREY) for name, value in lines] + [("this model", values[-1], ORANGE)]
+        ends = [(_clip(name), value, GREY) for name, value in lines] + [("this model", values[-1], ORANGE)]
         _label_ends(axes, [(f"{name} {run.show(value)}", value, color) for name, value, color in ends])
 
 
@@ -367,6 +367,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _clip(name: str) -> str:
+    """A name cut to what fits beside a chart; the tables hold it whole."""
+    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def _percent(value: float) -> str:

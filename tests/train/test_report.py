@@ -134,6 +134,16 @@ def test_charts_are_drawn_for_what_was_measured(run: pathlib.Path) -> None:
     assert "learning rate" in words[3]
 
 
+def test_a_long_baseline_name_is_cut_in_the_chart_and_whole_in_the_table(tmp_path: pathlib.Path) -> None:
+    name = "wide " * 60 + "end"
+    run = _write(tmp_path, metrics_jsonl=_metrics(), baselines_json={name: {"bits_per_byte": 4.0}})
+    text = report.write_report(run).read_text()
+    assert name in text[: text.index("<svg")]
+    chart = text[text.index("<svg") :]
+    assert "wide wide wide wide wid… 4.000" in chart
+    assert "wide end" not in chart
+
+
 @pytest.mark.parametrize(("judged", "shown"), [("top5_accuracy", "66.7%"), ("accuracy", "66.7%")])
 def test_masked_runs_are_judged_by_accuracy(tmp_path: pathlib.Path, judged: str, shown: str) -> None:
     metrics = _metrics(judged).replace("0.6666666666666666", "0.667")
