@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ def parse_overrides(overrides: Sequence[str]) -> Document:
         parts = key.strip().split(".")
         if not equals or not all(parts):
             raise UserError(f"The override {override!r} is not of the form key=value, such as train.steps=100.")
+        if len(parts) > _DEEPEST:
+            raise UserError(f"The override {override!r:.120}... is nested too deeply; the deepest key has ten parts.")
         if not text.strip():
             raise UserError(f"The override {override!r} has no value; write {key}=null or {key}='\"\"' to empty it.")
         if key.strip() == "base":
@@ -118,7 +121,7 @@ def to_yaml(values: Any) -> str:
 
 def show(value: Any, limit: int = 120) -> str:
     """A value on one line as a user would write it in YAML, cut at `limit` characters."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    text = yaml.dump(value, Dumper=_OneLineDumper, default_flow_style=True, allow_unicode=True, width=10**9)
     text = text.removesuffix("...\n").strip()
     if isinstance(value, str) and text == value:
         text = f'"{text}"'
@@ -127,14 +130,37 @@ def show(value: Any, limit: int = 120) -> str:
 
 def _text(path: Path, prefix: str = "") -> str:
     """A file's text. `prefix` opens the error where there is more to say than the path."""
+    if "\0" in str(path) or not _is_unicode(str(path)):
+        raise UserError(f"{prefix}{str(path)!a} cannot be the path of a file.")
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)  # a device such as /dev/zero has no end
+        if len(content) > _MOST_BYTES:
+            raise UserError(f"{prefix}{path} holds more than {_MOST_BYTES} bytes; give the path of a YAML file.")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{prefix}{path} does not exist; give the path of a YAML file.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{prefix}{path} is not UTF-8 text: byte {error.start} cannot be decoded.") from None
     except OSError as error:
         raise UserError(f"{prefix}{path} cannot be read: {error.strerror}.") from None
+
+
+_MOST_BYTES = 1 << 20
+"""Bytes of a file."""
+_DEEPEST = 100
+"""Levels of nested values. Settings have fewer than ten."""
+_MOST_VALUES = 100_000
+"""Keys and values in a file, with what its aliases stand for."""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the system can be given it as a path; half of a surrogate pair, which YAML can spell, it cannot."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Loader(yaml.SafeLoader):
@@ -149,36 +175,51 @@ class _Loader(yaml.SafeLoader):
             return self.construct_sequence(node, deep=True)
         return self.construct_mapping(node, deep=True)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # PyYAML leaves what was merged beside what is given; at several levels that is exponentially much.
+        self.check_keys(node)
+        super().flatten_mapping(node)
+        node.value = list({key_node.value: (key_node, value_node) for key_node, value_node in node.value}.values())
+
+    def check_keys(self, node: yaml.MappingNode) -> None:
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == _tag("merge"):
                 continue
-            if key_node.tag != _tag("str"):
+            if key_node.tag != _tag("str") or not isinstance(key_node, yaml.ScalarNode):
+                shown = repr(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a collection"
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is not text; put it in quotes", key_node.start_mark
+                    None, None, f"the key {shown:.120} is not text; put it in quotes", key_node.start_mark
                 )
             line = key_node.start_mark.line + 1
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"the key {key_node.value!r} is given twice, first in line {seen[key_node.value]}",
+                    f"the key {key_node.value!r:.120} is given twice, first in line {seen[key_node.value]}",
                     key_node.start_mark,
                 )
             seen[key_node.value] = line
-        return super().construct_mapping(node, deep=deep)
 
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+    def construct_plain(self, node: yaml.Node) -> int | float | bool | None:
+        """A number, true, false or null; a tag such as `!!int` may have been given to what is none."""
+        kind = node.tag.rsplit(":", 1)[-1]
+        if not isinstance(node, yaml.ScalarNode) or not _PATTERNS[kind].fullmatch(node.value):
+            shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a collection"
+            raise yaml.constructor.ConstructorError(None, None, f"{shown:.120} is no !!{kind}", node.start_mark)
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return node.value.lower() == "true"
         text = node.value.replace("_", "")
-        if node.tag == _tag("int"):
+        if kind == "int":
             if len(text) > 4000:  # beyond this Python refuses the conversion
                 raise yaml.constructor.ConstructorError(None, None, "the number is too long", node.start_mark)
             return int(text)
         number = float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
         if not math.isfinite(number):
             raise yaml.constructor.ConstructorError(
-                None, None, f"the number {node.value} is not finite; no setting accepts it", node.start_mark
+                None, None, f"the number {node.value:.120} is not finite; no setting accepts it", node.start_mark
             )
         return number
 
@@ -188,6 +229,13 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+class _OneLineDumper(_Dumper):
+    """Writes line breaks and what cannot be printed as escapes."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar(_tag("str"), text, style=None if text.isprintable() else '"')
 
 
 def _tag(name: str) -> str:
@@ -208,22 +256,26 @@ _SCALARS = (
 for _name, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag(_name), re.compile(f"^(?:{_pattern})$"), list(_first))
-for _name in ("int", "float"):
-    _Loader.add_constructor(_tag(_name), _Loader.construct_number)
+_PATTERNS = {name: re.compile(pattern) for name, pattern, _ in _SCALARS}
+for _name in ("bool", "int", "float", "null"):
+    _Loader.add_constructor(_tag(_name), _Loader.construct_plain)
 for _name in ("map", "seq"):
     _Loader.add_constructor(_tag(_name), _Loader.construct_tree)
-for _name in ("str", "bool", "null"):
-    _Loader.add_constructor(_tag(_name), yaml.SafeLoader.yaml_constructors[_tag(_name)])
+_Loader.add_constructor(_tag("str"), yaml.SafeLoader.yaml_constructors[_tag("str")])
 _Loader.yaml_constructors[None] = yaml.SafeLoader.construct_undefined
 _Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+_OneLineDumper.add_representer(str, _OneLineDumper.represent_text)
 
 
 def _load(text: str, source: str) -> tuple[Any, yaml.Node | None]:
     """The value of YAML text and its node; syntax errors as UserError with the line."""
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        return (None, None) if node is None else (loader.construct_document(node), node)
+        node = _composed(loader, source)
+        if node is None:
+            return None, None
+        _check_size(node, source)
+        return loader.construct_document(node), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
@@ -236,7 +288,45 @@ def _load(text: str, source: str) -> tuple[Any, yaml.Node | None]:
             f"{source}:{line}: not valid YAML: the character {text[error.position]!a} is not allowed."
         ) from None
     except RecursionError:
-        raise UserError(f"{source}: not valid YAML: the values are nested too deeply.") from None
+        raise _too_deep(source) from None
+
+
+def _composed(loader: _Loader, source: str) -> yaml.Node | None:
+    """The node of the text."""
+    try:
+        return loader.get_single_node()
+    except (ValueError, OverflowError):  # from `chr`, for an escape such as "\\UFFFFFFFF"
+        raise UserError(
+            f"{source}:{loader.line + 1}: not valid YAML: an escape stands for no character of Unicode."
+        ) from None
+
+
+def _check_size(root: yaml.Node, source: str) -> None:
+    """Refuses nodes that are nested deeply, or that aliases multiply without end.
+
+    What reads the values goes through all of them, and by recursion.
+    """
+    measured: dict[int, tuple[int, int]] = {}
+
+    def measure(node: yaml.Node) -> tuple[int, int]:
+        """(values, levels) of a node."""
+        if id(node) not in measured:
+            measured[id(node)] = (0, 0)  # an alias to a node that contains it is refused elsewhere
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            pairs = ((child,) if isinstance(child, yaml.Node) else child for child in inner)
+            found = [measure(child) for pair in pairs for child in pair]
+            measured[id(node)] = (1 + sum(n for n, _ in found), 1 + max((n for _, n in found), default=0))
+        return measured[id(node)]
+
+    values, levels = measure(root)
+    if levels > _DEEPEST:
+        raise _too_deep(source)
+    if values > _MOST_VALUES:
+        raise UserError(f"{source}: the file holds more than {_MOST_VALUES} values, with what its aliases stand for.")
+
+
+def _too_deep(source: str) -> UserError:
+    return UserError(f"{source}: not valid YAML: the values are nested too deeply.")
 
 
 def _origins(node: yaml.Node | None, source: str, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -6,10 +6,12 @@ A batch is a dict of arrays with standard names, rows first:
     segment_ids   [B, L] int32   0 = padding; 1, 2, ... = the documents packed into a row
     positions     [B, L] int32   position inside the segment, from 0
     row_ids       [B, 2] int32   (source id, example id): the address of a row's randomness
-    token_types   [B, L] int32   pairs only: 0 for segment A, 1 for segment B
+    token_types   [B, L] int32   pairs and examples only: 0 for text A, 1 for text B
     pair_labels   [B]    int32   pairs only: 0 = B follows A, 1 = B is from another document
     word_starts   [B, L] bool    on request: the token begins a word
     token_bytes   [B, L] int32   on request: UTF-8 bytes that the token stands for (0 for special tokens)
+    labels        [B]    int32   examples only, on request: class of the document
+    scores        [B]    float32 examples only, on request: number that labels the document
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from jaxtyping import Array, Int, Key, UInt32
 __all__ = ["Batch", "Layout", "RowSpec", "Vocabulary", "dropout_seeds", "row_keys"]
 
 Batch = dict[str, Array]
-Layout = Literal["packed", "pairs", "stream", "single"]
+Layout = Literal["packed", "pairs", "stream", "single", "examples"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class RowSpec:
 
     layout: `packed`: documents end to end, cut at row ends, segments told apart; `single`: one piece of one
       document per row, padded; `pairs`: two runs of sentences per row; `stream`: row b of successive batches
-      continues the same text, so that a carried memory stays with its text.
+      continues the same text, so that a carried memory stays with its text; `examples`: one document per row, one
+      text or a pair of texts, cut to fit.
     length: raw tokens in a row, special tokens included.
     prefix, suffix: special ids put before and after each document (`packed`, `stream`) or each piece (`single`).
-      For `pairs` the prefix opens the row and the suffix closes both A and B.
-    fields: further per-token arrays wanted: `word_starts`, `token_bytes`.
+      For `pairs` and `examples` the prefix opens the row and the suffix closes both A and B.
+    fields: further arrays wanted: `word_starts`, `token_bytes`, and with `examples` of labelled data `labels` or
+      `scores`.
     """
 
     layout: Layout

@@ -39,7 +39,7 @@ class Experiment:
     name: str = "experiment"
     """Name of the experiment; in a file, the file's own name unless given."""
     run: str | None = None
-    """Run folder, which must not exist yet; null: runs/<name>."""
+    """Run folder, a path or a URL such as gs://bucket/run, which must not exist yet; null: runs/<name>."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """What text to train on and how it becomes tokens."""
     model: ModelConfig
@@ -58,9 +58,10 @@ class Experiment:
             raise UserError('run is ""; accepted: the path of a folder, or null for runs/<name>.')
 
     @property
-    def run_dir(self) -> Path:
-        """The run folder."""
-        return Path(self.run) if self.run is not None else Path("runs") / self.name
+    def run_dir(self) -> Path | str:
+        """The run folder: a path, or a URL as it is."""
+        run = self.run if self.run is not None else f"runs/{self.name}"
+        return run if "://" in run else Path(run)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 __all__ = ["UserError"]
 
 
@@ -11,3 +13,5 @@ class UserError(ValueError):
     The command line prints the message alone (no traceback) and exits with code 2. Anything that is not a
     `UserError` is a bug of ours and keeps its traceback.
     """
+
+    exit_code: ClassVar[int] = 2

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from lmobj import config
+
 _ROOT = pathlib.Path(__file__).parent.parent
 _TEXT = (_ROOT / "README.md").read_text(encoding="utf-8")
 _BLOCKS = re.findall(r"```python\n(.*?)```", _TEXT, re.DOTALL)
@@ -39,6 +41,14 @@ def test_an_objective_of_ones_own_trains(tmp_path: pathlib.Path, monkeypatch: py
     names: dict = {"__name__": "readme"}
     exec(block.replace('"configs/', f'"{_ROOT}/configs/'), names)
     assert names["result"].metrics["eval/bits_per_byte"] > 0
+
+
+def test_the_data_section_is_a_valid_one(tmp_path: pathlib.Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", _TEXT, re.DOTALL)
+    (tmp_path / "mixed.yaml").write_text(f"model: {{name: gru}}\nobjective: {{name: causal_lm}}\n{block}")
+    data = config.load(tmp_path / "mixed.yaml").data
+    assert {name: entry.weight for name, entry in data.source.sources.items()} == {"wiki": 3.0, "books": 1.0}
+    assert data.clean.near_duplicates.threshold == 0.8
 
 
 def test_links_lead_somewhere() -> None:

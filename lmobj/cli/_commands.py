@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import lmobj
+from lmobj.cli._processes import in_several_processes
 
 if TYPE_CHECKING:
     from lmobj.config import Experiment
@@ -32,7 +33,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings over the file's, such as train.steps=500.", show_default=False),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `lmobj train` made.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder that `lmobj train` made: a path or a URL.")]
 Split = Literal["train", "validation", "test"]
 Best = Annotated[bool, typer.Option("--best", help="The checkpoint with the least eval/loss, not the newest.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -57,6 +58,7 @@ def options(
 
 
 @app.command(rich_help_panel="Runs")
+@in_several_processes
 def train(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train a model and leave a run folder with checkpoints, metrics and a report.
 
@@ -64,22 +66,30 @@ def train(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> 
     """
     from lmobj.config import load
     from lmobj.train import fit
+    from lmobj.train.distributed import agreed
 
-    fit(load(config, overrides or ()), quiet=quiet)
+    with agreed("config"):
+        experiment = load(config, overrides or ())
+    fit(experiment, quiet=quiet)
 
 
 @app.command(rich_help_panel="Runs")
+@in_several_processes
 def resume(run: Run, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Continue a stopped run from its last checkpoint, bit for bit as if it had never stopped.
 
     Only settings that do not change the result, such as train.mesh, may be given anew.
     """
     from lmobj.train import fit
+    from lmobj.train.distributed import agreed
 
-    fit(_experiment(run, overrides or ()), resume=True, quiet=quiet)
+    with agreed("config"):
+        experiment = _experiment(run, overrides or ())
+    fit(experiment, resume=True, quiet=quiet)
 
 
 @app.command("eval", rich_help_panel="Runs")
+@in_several_processes
 def evaluate(
     run: Run,
     overrides: Overrides = None,
@@ -88,9 +98,14 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures."""
+    from lmobj.train.distributed import agreed, is_first
     from lmobj.train.trained import open_run
 
-    metrics = open_run(_experiment(run, overrides or ()), best=best).evaluate(split)
+    with agreed("config"):
+        experiment = _experiment(run, overrides or ())
+    metrics = open_run(experiment, best=best).evaluate(split)
+    if not is_first():
+        return
     if as_json:
         print(json.dumps(metrics))
     else:
@@ -162,6 +177,37 @@ def fill(
 
 
 @app.command(rich_help_panel="Configs")
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    beam: Annotated[
+        bool,
+        typer.Option("--beam", help="In a Beam pipeline; its options follow after --, as --runner=FlinkRunner."),
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Clean and tokenise the data of a config, which training does otherwise, and print what it holds.
+
+    Example: lmobj prepare configs/quickstart.yaml --beam -- --runner=DirectRunner
+    """
+    from lmobj.cli._preparation import cleaning_table, split_table
+    from lmobj.config import load
+    from lmobj.data import prepare
+    from lmobj.errors import UserError
+
+    options = [argument for argument in overrides or () if argument.startswith("--")]
+    if options and not beam:
+        raise UserError(f"{options[0]} is an option of a Beam pipeline; accepted: such options together with --beam.")
+    experiment = load(config, [argument for argument in overrides or () if argument not in options])
+    sources = prepare(experiment.data, quiet=quiet, beam=options if beam else None).summary()["sources"]
+    _print_table(*split_table(sources))
+    header, rows = cleaning_table(sources)
+    if rows:
+        print()
+        _print_table(header, rows)
+
+
+@app.command(rich_help_panel="Configs")
 def config(config: Config, overrides: Overrides = None) -> None:
     """Check a config and print it complete, with its base, overrides and every default."""
     from lmobj.config import dump, load
@@ -203,14 +249,14 @@ def doctor() -> None:
     raise typer.Exit(0 if well else 1)
 
 
-def _experiment(run: Path, overrides: Sequence[str] = ()) -> Experiment:
+def _experiment(run: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a run folder, which may have moved since it was made."""
     from lmobj.config import load
     from lmobj.train.run_folder import RunFolder
 
     folder = RunFolder(run)
     folder.check_exists()
-    return dataclasses.replace(load(folder.config, overrides), run=str(run))
+    return dataclasses.replace(load(folder.config, overrides), run=run)
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

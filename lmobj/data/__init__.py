@@ -8,21 +8,60 @@ Text is tokenised once and serves every objective: what an objective reads is it
 of (fingerprint, seed, step).
 """
 
-from lmobj.data._config import DataConfig, SentencePieceConfig, Source, StdlibSource, TextFiles
-from lmobj.data._dataset import Dataset
-from lmobj.data._prepare import prepare
-from lmobj.data._rows import HostBatch, Rows
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lmobj.data._cleaning_config import CleaningConfig, LanguageFilter, NearDuplicates, SegmentationConfig, StopWords
+from lmobj.data._config import DataConfig, SentencePieceConfig
+from lmobj.data._source_config import (
+    JsonLines,
+    MixtureSource,
+    ParquetFiles,
+    SingleSource,
+    Source,
+    StdlibSource,
+    TextFiles,
+    TfdsSource,
+    WeightedSource,
+)
 from lmobj.data._tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from lmobj.data._dataset import Dataset
+    from lmobj.data._prepare import prepare
+    from lmobj.data._rows import HostBatch, Rows
+
 __all__ = [
+    "CleaningConfig",
     "DataConfig",
     "Dataset",
     "HostBatch",
+    "JsonLines",
+    "LanguageFilter",
+    "MixtureSource",
+    "NearDuplicates",
+    "ParquetFiles",
     "Rows",
+    "SegmentationConfig",
     "SentencePieceConfig",
+    "SingleSource",
     "Source",
     "StdlibSource",
+    "StopWords",
     "TextFiles",
+    "TfdsSource",
     "Tokenizer",
+    "WeightedSource",
     "prepare",
 ]
+
+_LATE = {"Dataset": "_dataset", "HostBatch": "_rows", "Rows": "_rows", "prepare": "_prepare"}
+"""Names whose modules import jax: loaded when asked for, since the processes that tokenise do without."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)

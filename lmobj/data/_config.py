@@ -1,52 +1,17 @@
-"""Settings of the data: where the text comes from, the tokenizer, and the shares of the splits."""
+"""Settings of the data: where the text comes from, how it is cleaned, the tokenizer, and the shares of the splits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
+from lmobj.data._source_config import Source, StdlibSource, check_choice
 from lmobj.errors import UserError
 
-__all__ = ["DataConfig", "SentencePieceConfig", "Source", "StdlibSource", "TextFiles"]
+__all__ = ["DataConfig", "SentencePieceConfig"]
 
 _DEFAULT_VOCAB_SIZE = 4096
-
-
-@dataclass(frozen=True)
-class StdlibSource:
-    """The text that every CPython carries: its language reference (`pydoc_data.topics`) and the standard library's
-    docstrings, about 2 MB of English. Nothing is downloaded and no module of the library is imported.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    name: Literal["stdlib"] = "stdlib"
-    """Selects this source."""
-
-
-@dataclass(frozen=True)
-class TextFiles:
-    """UTF-8 text files. A leading byte order mark is dropped, line ends are read as `open` reads them."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    name: Literal["text"] = "text"
-    """Selects this source."""
-    files: tuple[str, ...] = ()
-    """Paths or glob patterns (`**` crosses folders); each must match at least one file."""
-    documents: Literal["file", "blocks"] = "file"
-    """What one document is: a whole file, or a block between blank lines."""
-    errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not UTF-8: `strict` stops and names them, `replace` reads them as U+FFFD."""
-
-    def __post_init__(self) -> None:
-        if not self.files:
-            raise UserError("data.source.files is empty; accepted: one or more paths or glob patterns of text files.")
-        _check_choice("data.source.documents", self.documents, ("file", "blocks"))
-        _check_choice("data.source.errors", self.errors, ("strict", "replace"))
-
-
-Source = StdlibSource | TextFiles
 
 
 @dataclass(frozen=True)
@@ -69,7 +34,7 @@ class SentencePieceConfig:
     """Train on at most this many bytes of text, taken evenly over the training split; at least 1."""
 
     def __post_init__(self) -> None:
-        _check_choice("data.tokenizer.model", self.model, ("bpe", "unigram"))
+        check_choice("data.tokenizer.model", self.model, ("bpe", "unigram"))
         if self.vocab_size is not None and self.vocab_size < 1:
             raise UserError(f"data.tokenizer.vocab_size is {self.vocab_size}; accepted: a positive integer.")
         if not 0.98 < self.character_coverage <= 1:
@@ -95,6 +60,10 @@ class DataConfig:
     """Where the text comes from."""
     tokenizer: SentencePieceConfig = field(default_factory=SentencePieceConfig)
     """How text becomes tokens."""
+    clean: CleaningConfig = field(default_factory=CleaningConfig)
+    """What is done to each document before it is tokenised."""
+    segment: SegmentationConfig = field(default_factory=SegmentationConfig)
+    """How sentences and words are found."""
     length: int = 128
     """Tokens in a row of the model's input; at least 2."""
     validation: float = 0.05
@@ -104,7 +73,8 @@ class DataConfig:
     cache: str | None = None
     """Folder for prepared data; if absent $LMOBJ_CACHE, else ~/.cache/lmobj."""
     workers: int | None = None
-    """Threads that hash and tokenise; if absent, one per core. The result does not depend on it."""
+    """Processes that clean and tokenise a corpus of more than a few megabytes; if absent, one per core. The result does
+    not depend on it."""
 
     def __post_init__(self) -> None:
         if self.length < 2:
@@ -119,8 +89,3 @@ class DataConfig:
             )
         if self.workers is not None and self.workers < 1:
             raise UserError(f"data.workers is {self.workers}; accepted: 1 or more, or absent for one per core.")
-
-
-def _check_choice(key: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise UserError(f"{key} is {value!r}; accepted: {', '.join(accepted)}.")

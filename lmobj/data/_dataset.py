@@ -1,11 +1,11 @@
-"""A prepared data set: tokens of three splits, their tokenizer, and rows over them for any RowSpec."""
+"""A prepared data set: one source or a mixture of several, their tokenizer, and rows over them for any RowSpec."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from functools import cached_property
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,84 +13,121 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmobj.batch import RowSpec, Vocabulary
-from lmobj.data._rows import HostBatch, Rows
-from lmobj.data._shards import TokenStore, damaged, token_dtype
+from lmobj.data._epochs import Epochs
+from lmobj.data._mixture import PERIOD, InOrder, Mixture
+from lmobj.data._prepared import SPLITS, Prepared
+from lmobj.data._rows import HostBatch, Indices, Rows, RowSource
 from lmobj.data._tokenizer import Tokenizer
 from lmobj.errors import UserError
 
 __all__ = ["SPLITS", "Dataset"]
 
-SPLITS = ("train", "validation", "test")
-
-_ALWAYS_CHECKED_BYTES = 1 << 30
-"""Shards are checked whole on opening up to this size together; beyond it ArrayRecord's own checks on reading serve."""
+_FIELDS = ("word_starts", "token_bytes", "labels", "scores")
+_LABEL_KINDS = {"labels": ("class", np.int32), "scores": ("number", np.float32)}
+"""Fields that are stored labels: their `label_kind`, and the type they are stored in."""
 
 
 class Dataset:
-    """Opens a folder that `prepare` wrote. Raises UserError naming what is damaged."""
+    """Opens folders that `prepare` wrote. Raises UserError naming what is damaged.
 
-    def __init__(self, folder: Path):
-        self._folder = Path(folder)
-        self._manifest = _read_manifest(self._folder)
-        _verify(self._folder, self._manifest)
-        self._stores: dict[str, TokenStore] = {}
+    Args:
+      folders: one prepared folder, or those of a mixture by the names of their sources, all with one tokenizer.
+      weights: share of each source in the training rows, relative to the others; equal if absent.
+
+    Sources are numbered in the order of their names. One source is a mixture of one.
+    """
+
+    def __init__(self, folders: Path | Mapping[str, Path], weights: Mapping[str, float] | None = None):
+        named = folders if isinstance(folders, Mapping) else {"": folders}
+        self._sources = {name: Prepared(named[name]) for name in sorted(named)}
+        self._weights = {name: 1.0 if weights is None else float(weights[name]) for name in self._sources}
+        self._first = next(iter(self._sources.values()))
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the inputs' content, the settings and the tokenizer: equal fingerprints, equal tokens."""
-        return self._manifest["fingerprint"]
+        """Digest of the inputs' content, the settings and the tokenizer, and of a mixture the names and weights: equal
+        fingerprints, equal batches."""
+        if len(self._sources) == 1:
+            return self._first.fingerprint
+        parts = [[name, self._weights[name], source.fingerprint] for name, source in self._sources.items()]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this data."""
-        return Tokenizer.load(self._folder / "tokenizer.model")
+        return self._first.tokenizer
 
     @property
     def vocab(self) -> Vocabulary:
         """Size of the vocabulary and its special ids."""
         return self.tokenizer.vocabulary
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes of labelled data by their ids, of all sources together; empty where there are none."""
+        return sorted({name for source in self._sources.values() for name in source.classes})
+
     def summary(self) -> dict[str, Any]:
-        """In JSON: the fingerprint, the vocabulary's size, per split the documents, tokens and bytes of text, and the
-        number of input files that were skipped because they did not parse."""
-        counts = ("documents", "tokens", "bytes")
-        return {
+        """In JSON: `fingerprint`, `vocab_size`, and of all sources together
+
+        - `skipped`: input files or rows that could not be read
+        - `splits`: in each the documents, tokens and bytes of text
+        - `cleaning`: per step the documents changed and dropped, and the bytes removed
+        - `classes`: names of the classes, where documents are labelled with them
+
+        and under `sources` the same of each source by its name (that of a single one is empty), with its `weight`.
+        """
+        sources = {name: {"weight": self._weights[name], **source.summary()} for name, source in self._sources.items()}
+        every = list(sources.values())
+        steps = dict.fromkeys(step for source in every for step in source["cleaning"])
+        summary = {
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab.size,
-            "skipped_files": self._manifest["skipped_files"],
-            "splits": {name: {count: self._manifest["splits"][name][count] for count in counts} for name in SPLITS},
+            "skipped": sum(source["skipped"] for source in every),
+            "splits": {split: _added(source["splits"][split] for source in every) for split in SPLITS},
+            "cleaning": {step: _added(source["cleaning"].get(step, {}) for source in every) for step in steps},
+            "sources": sources,
         }
+        return summary | {"classes": self.classes} if self.classes else summary
 
     def documents(self, split: str = "train") -> Iterator[NDArray[np.int32]]:
-        """Token ids of every document of a split, in the stored order, without special tokens."""
-        return self._store(split).documents()
+        """Token ids of every document of a split, source after source in the stored order, without special tokens."""
+        for source in self._sources.values():
+            yield from source.store(split).documents()
 
     def rows(self, spec: RowSpec, *, split: str = "train", seed: int = 0, batch_size: int) -> Rows:
         """Rows of a split: random access to rows and batches, and their number.
 
-        The training split repeats in epochs, each in its own order. Other splits are read once, in the stored order;
-        their last batch is filled with empty rows (segment 0).
+        The training split repeats in epochs, each in its own order; in a mixture every source has its own epochs, and
+        its rows come evenly spread in proportion to its weight (`lmobj.data._mixture`; of streams a batch has at least
+        one of each source). Other splits are read once, source after source in the stored order; their last batch is
+        filled with empty rows (segment 0).
 
         Raises:
-          UserError: an empty split, a batch size below 1, a length with no room for text, or (pairs) no document with
-            two sentences.
+          UserError: an empty split, a batch size below 1, a length with no room for text, labels that the data does
+            not have, (pairs) no document with two sentences, or (stream) fewer rows in a batch than sources.
         """
-        if batch_size < 1:
-            raise UserError(f"the batch size is {batch_size}; accepted: 1 or more rows.")
-        store = self._store(split)
-        if len(store.lengths) == 0:
+        self._check(spec, batch_size)
+        once = split != "train"
+        names = [name for name, source in self._sources.items() if len(source.store(split).lengths) > 0]
+        if not names:
             raise UserError(
                 f"the {split} split holds no documents; accepted: a larger data.{split} share, or more documents."
             )
-        return Rows(
-            store,
-            self.tokenizer,
-            spec,
-            fingerprint=self.fingerprint,
-            seed=seed,
-            batch_size=batch_size,
-            once=split != "train",
-        )
+        streams = spec.layout == "stream" and not once
+        if streams and batch_size < len(names):
+            raise UserError(
+                f"train.batch_size is {batch_size}, but data.source.sources has {len(names)} sources "
+                f"({', '.join(names)}), and the objective reads streams that stay with one source each; accepted: "
+                f"{len(names)} rows or more, or fewer sources."
+            )
+        order = Mixture.of([self._weights[name] for name in names], batch_size if streams else PERIOD)
+        sources = [
+            self._row_source(name, spec, split, seed, int(count) if streams else batch_size)
+            for name, count in zip(names, order.counts, strict=True)
+        ]
+        in_order = InOrder([source.epochs.per_epoch for source in sources])
+        return Rows(sources, in_order if once else order, self.tokenizer, spec, batch_size=batch_size)
 
     def batches(
         self,
@@ -101,8 +138,7 @@ class Dataset:
         batch_size: int,
         start: int = 0,
         steps: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        local: Indices | None = None,
     ) -> Iterator[HostBatch]:
         """Batches of steps start, start + 1, ..., read ahead by threads.
 
@@ -113,41 +149,61 @@ class Dataset:
           batch_size: rows of the global batch, B.
           start: first step. Nothing before it is read.
           steps: number of batches; by default no end (train) or to the end of the split.
-          process_index, process_count: this process reads its contiguous B / process_count rows of each batch.
+          local: places in the batch, each in [0, B), whose rows this process reads; by default all.
 
         Raises:
-          UserError: as `rows`, and a batch size that the processes do not divide.
+          UserError: as `rows`.
         """
-        rows = self.rows(spec, split=split, seed=seed, batch_size=batch_size)
-        return rows.batches(start, steps, process_index, process_count)
+        return self.rows(spec, split=split, seed=seed, batch_size=batch_size).batches(start, steps, local)
 
-    def _store(self, split: str) -> TokenStore:
-        if split not in SPLITS:
-            raise UserError(f"the split is {split!r}; accepted: {', '.join(SPLITS)}.")
-        if split not in self._stores:
-            shards = [(name, records) for name, records in self._manifest["splits"][split]["shards"]]
-            self._stores[split] = TokenStore(self._folder, split, shards, token_dtype(self.vocab.size))
-        return self._stores[split]
+    def _check(self, spec: RowSpec, batch_size: int) -> None:
+        if batch_size < 1:
+            raise UserError(f"the batch size is {batch_size}; accepted: 1 or more rows.")
+        for name in spec.fields:
+            if name not in _FIELDS:
+                raise UserError(f"RowSpec.fields has {name!r}; accepted: {', '.join(_FIELDS)}.")
+            if name in _LABEL_KINDS and spec.layout != "examples":
+                raise UserError(
+                    f"RowSpec.fields has {name!r}, but the layout is {spec.layout!r}; accepted: the layout 'examples'."
+                )
+
+    def _row_source(self, name: str, spec: RowSpec, split: str, seed: int, streams: int) -> RowSource:
+        source = self._sources[name]
+        store = source.store(split)
+        try:
+            epochs = Epochs(
+                store, spec, fingerprint=source.fingerprint, seed=seed, streams=streams, once=split != "train"
+            )
+        except UserError as error:
+            if not name:
+                raise
+            raise UserError(f"{_key(name)}: {error}") from error
+        return RowSource(list(self._sources).index(name), epochs, self._labels(name, spec, split))
+
+    def _labels(self, name: str, spec: RowSpec, split: str) -> NDArray | None:
+        """The labels that `spec` asks for. Ids of classes are those of `classes`, not of the source alone."""
+        source = self._sources[name]
+        labels = source.store(split).labels
+        for field, (kind, dtype) in _LABEL_KINDS.items():
+            if field not in spec.fields:
+                continue
+            if labels is None or labels.dtype != dtype:
+                raise UserError(
+                    f"the objective reads {field} of its examples, which the data of {_key(name)} do not have; "
+                    f"accepted: a source of records with {_key(name)}.label: COLUMN and .label_kind: {kind}."
+                )
+            ids = np.array([self.classes.index(own) for own in source.classes], np.int32)
+            return ids[labels] if kind == "class" else labels
+        return None
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise damaged(folder, f"manifest.json cannot be read: {error}") from error
+def _key(name: str) -> str:
+    return f"data.source.sources.{name}.source" if name else "data.source"
 
 
-def _verify(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compares sizes, and checksums where that is quick, with the manifest."""
-    small = sum(entry["size"] for entry in manifest["files"].values()) <= _ALWAYS_CHECKED_BYTES
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise damaged(folder, f"{name} is missing")
-        if path.stat().st_size != entry["size"]:
-            raise damaged(folder, f"{name} has {path.stat().st_size} bytes instead of {entry['size']}")
-        if small or not name.endswith(".arrayrecord"):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            if digest != entry["digest"]:
-                raise damaged(folder, f"{name} does not match its checksum")
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Counts of several sources together."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total)

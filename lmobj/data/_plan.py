@@ -11,13 +11,15 @@ A plan is a table over one epoch. `lookup(rows)` turns row numbers into fragment
     token_type       0, or 1 for the second part of a pair
 
 Layouts: packed and stream lay the documents of the epoch (in its permutation) end to end, each with its prefix and
-suffix, and cut the result into rows; single cuts each document into pieces of its own; pairs takes runs of sentences.
+suffix, and cut the result into rows; single cuts each document into pieces of its own; pairs takes runs of sentences;
+examples takes each document whole, or what fits of it.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -28,7 +30,18 @@ from numpy.typing import NDArray
 from lmobj.batch import RowSpec
 from lmobj.errors import UserError
 
-__all__ = ["Fragments", "PackedPlan", "PairsPlan", "Plan", "SinglePlan", "StreamPlan", "epoch_key", "shuffle_rows"]
+__all__ = [
+    "ExamplesPlan",
+    "Fragments",
+    "PackedPlan",
+    "PairsPlan",
+    "Plan",
+    "Sentences",
+    "SinglePlan",
+    "StreamPlan",
+    "epoch_key",
+    "shuffle_rows",
+]
 
 Ints = NDArray[np.int64]
 
@@ -52,6 +65,11 @@ class Fragments(NamedTuple):
     segment: Ints
     position: Ints
     token_type: Ints
+
+    @classmethod
+    def joined(cls, parts: Sequence[Fragments]) -> Fragments:
+        """The fragments of all parts, one part after the other."""
+        return parts[0] if len(parts) == 1 else cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 class Plan(Protocol):
@@ -200,21 +218,7 @@ class SinglePlan:
         asked = rows[row]
         document = np.searchsorted(self._starts, asked, side="right") - 1
         offset = (asked - self._starts[document]) * self._room
-        zero, one = np.zeros_like(offset), np.ones_like(offset)
-        return Fragments(
-            row=row,
-            column=zero,
-            document=document,
-            offset=offset,
-            length=np.minimum(self._lengths[document] - offset, self._room),
-            head_from=zero,
-            head_count=one * len(self._spec.prefix),
-            tail_from=zero,
-            tail_count=one * len(self._spec.suffix),
-            segment=one,
-            position=zero,
-            token_type=zero,
-        )
+        return _one_part(self._spec, row, document, offset, np.minimum(self._lengths[document] - offset, self._room))
 
 
 @dataclass(frozen=True)
@@ -269,23 +273,7 @@ class PairsPlan:
         opening = np.where(begin == self._first[document], 0, self._ends[begin - 1]).astype(np.int64)
         border, closing = self._ends[middle - 1].astype(np.int64), self._ends[end - 1].astype(np.int64)
         length_a, length_b = _trim(border - opening, closing - border, self._room)
-        prefix, suffix = len(self._spec.prefix), len(self._spec.suffix)
-        zero, one = np.zeros_like(border), np.ones_like(border)
-        column_b = prefix + length_a + suffix
-        return Fragments(
-            row=_interleave(row, row),
-            column=_interleave(zero, column_b),
-            document=_interleave(document, document),
-            offset=_interleave(border - length_a, border),
-            length=_interleave(length_a, length_b),
-            head_from=_interleave(zero, zero),
-            head_count=_interleave(one * prefix, zero),
-            tail_from=_interleave(zero, zero),
-            tail_count=_interleave(one * suffix, one * suffix),
-            segment=_interleave(one, one),
-            position=_interleave(zero, column_b),
-            token_type=_interleave(zero, one),
-        )
+        return _two_parts(self._spec, row, document, border - length_a, length_a, border, length_b)
 
     def _divide(self) -> tuple[Ints, Ints]:
         """(begin, end) sentence of each group, counted over the corpus, in order."""
@@ -309,6 +297,74 @@ class PairsPlan:
         begin = np.sort(np.concatenate(begins)) if begins else np.zeros(0, np.int64)
         end = following[begin]
         return begin - (end - begin == 1), end
+
+
+class ExamplesPlan:
+    """One document per row: [prefix] A [suffix], or [prefix] A [suffix] B [suffix] where documents are two texts.
+
+    What does not fit is cut from the end of A and of B, token by token from the longer one (from B when they are
+    equal), as Hugging Face's `longest_first` does.
+    """
+
+    def __init__(self, lengths: NDArray[np.integer], pair_starts: NDArray[np.integer] | None, spec: RowSpec):
+        """lengths: tokens per document, [N]; pair_starts: those of them that are the first text, [N]."""
+        self._spec = spec
+        self._lengths = lengths
+        self._pair_starts = pair_starts
+        self._room = room(spec, 1 if pair_starts is None else 2)
+        self.rows = len(lengths)
+
+    def lookup(self, rows: Ints) -> Fragments:
+        row = np.flatnonzero(rows < self.rows)
+        document = rows[row]
+        length, zero = self._lengths[document].astype(np.int64), np.zeros_like(document)
+        if self._pair_starts is None:
+            return _one_part(self._spec, row, document, zero, np.minimum(length, self._room))
+        border = self._pair_starts[document].astype(np.int64)
+        length_a, length_b = _trim(border, length - border, self._room)
+        return _two_parts(self._spec, row, document, zero, length_a, border, length_b)
+
+
+def _one_part(spec: RowSpec, row: Ints, document: Ints, offset: Ints, length: Ints) -> Fragments:
+    """Rows of one stretch each: [prefix] document[offset : offset + length] [suffix]."""
+    zero, one = np.zeros_like(offset), np.ones_like(offset)
+    return Fragments(
+        row=row,
+        column=zero,
+        document=document,
+        offset=offset,
+        length=length,
+        head_from=zero,
+        head_count=one * len(spec.prefix),
+        tail_from=zero,
+        tail_count=one * len(spec.suffix),
+        segment=one,
+        position=zero,
+        token_type=zero,
+    )
+
+
+def _two_parts(
+    spec: RowSpec, row: Ints, document: Ints, offset_a: Ints, length_a: Ints, offset_b: Ints, length_b: Ints
+) -> Fragments:
+    """Rows of two stretches of a document each: [prefix] A [suffix] B [suffix], together one segment."""
+    prefix, suffix = len(spec.prefix), len(spec.suffix)
+    zero, one = np.zeros_like(offset_a), np.ones_like(offset_a)
+    column_b = prefix + length_a + suffix
+    return Fragments(
+        row=_interleave(row, row),
+        column=_interleave(zero, column_b),
+        document=_interleave(document, document),
+        offset=_interleave(offset_a, offset_b),
+        length=_interleave(length_a, length_b),
+        head_from=_interleave(zero, zero),
+        head_count=_interleave(one * prefix, zero),
+        tail_from=_interleave(zero, zero),
+        tail_count=_interleave(one * suffix, one * suffix),
+        segment=_interleave(one, one),
+        position=_interleave(zero, column_b),
+        token_type=_interleave(zero, one),
+    )
 
 
 def _trim(length_a: Ints, length_b: Ints, budget: int) -> tuple[Ints, Ints]:

@@ -1,21 +1,10 @@
-"""Token shards: one ArrayRecord record per document (long ones in several), and index arrays beside them.
-
-A record holds token ids as little-endian unsigned integers: 2 bytes each while the vocabulary fits, else 4. A document
-of more than 65,536 tokens continues in the next records, so that a short stretch of a long text is cheap to read.
-Index arrays (.npy, one entry per document unless said otherwise):
-
-    lengths         int32   tokens
-    bytes           int64   UTF-8 bytes of its text
-    sentences       int32   number of sentences
-    sentence_ends   int32   offset after each sentence, document after document
-
-Sentence offsets stand in the index, not in the records, because plans over pairs need all of them and no tokens.
-"""
+"""Reads token shards, whose format `_shard_writer` tells."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,53 +12,13 @@ from array_record.python import array_record_module
 from numpy.typing import NDArray
 
 from lmobj.data._plan import ragged
+from lmobj.data._shard_writer import RECORD_TOKENS as _RECORD_TOKENS
+from lmobj.data._shard_writer import token_dtype
 from lmobj.errors import UserError
 
-__all__ = ["INDEX", "ShardWriter", "TokenStore", "token_dtype"]
+__all__ = ["TokenStore", "damaged", "token_dtype"]
 
-_RECORD_TOKENS = 1 << 16
-# One record per group and no compression: a record is then read alone, in microseconds.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-
-INDEX = {"lengths": np.int32, "bytes": np.int64, "sentences": np.int32, "sentence_ends": np.int32}
-"""Index arrays and their types."""
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that tokens are stored in."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-class ShardWriter:
-    """Writes the documents of one shard, and collects their index."""
-
-    def __init__(self, path: Path, dtype: np.dtype):
-        self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-        self._dtype = dtype
-        self.records = 0
-        self._index: dict[str, list] = {name: [] for name in INDEX}
-
-    def add(self, tokens: NDArray[np.int32], sentence_ends: NDArray[np.int32], size: int) -> None:
-        """Adds a document of at least one token, whose text has `size` bytes."""
-        stored = tokens.astype(self._dtype)
-        for start in range(0, len(stored), _RECORD_TOKENS):
-            self._writer.write(stored[start : start + _RECORD_TOKENS].tobytes())
-            self.records += 1
-        self._index["lengths"].append(len(tokens))
-        self._index["bytes"].append(size)
-        self._index["sentences"].append(len(sentence_ends))
-        self._index["sentence_ends"].append(sentence_ends)
-
-    def close(self) -> dict[str, NDArray[np.integer]]:
-        """Completes the file; returns the index arrays."""
-        self._writer.close()
-        ends = self._index.pop("sentence_ends")
-        index: dict[str, NDArray[np.integer]] = {
-            name: np.array(values, INDEX[name]) for name, values in self._index.items()
-        }
-        index["sentence_ends"] = np.concatenate([np.zeros(0, np.int32), *ends])
-        return index
 
 
 class TokenStore:
@@ -94,6 +43,9 @@ class TokenStore:
     def _load(self, name: str) -> NDArray[np.integer]:
         return np.load(self._folder / f"{self._split}-{name}.npy", mmap_mode="r", allow_pickle=False)
 
+    def _load_optional(self, name: str) -> NDArray | None:
+        return self._load(name) if (self._folder / f"{self._split}-{name}.npy").is_file() else None
+
     @property
     def sentence_counts(self) -> NDArray[np.integer]:
         """[N] sentences per document."""
@@ -103,6 +55,39 @@ class TokenStore:
     def sentence_ends(self) -> NDArray[np.integer]:
         """[S] offset after each sentence, document after document."""
         return self._load("sentence_ends")
+
+    @property
+    def pair_starts(self) -> NDArray[np.integer] | None:
+        """[N] tokens of the first of two texts per document; None where documents are one text each."""
+        return self._load_optional("pair_starts")
+
+    @property
+    def labels(self) -> NDArray | None:
+        """[N] int32 class or float32 number of each document; None where they have none."""
+        return self._load_optional("labels")
+
+    @property
+    def has_word_starts(self) -> bool:
+        """Whether the words of this text were found when it was prepared."""
+        return self._word_bits is not None
+
+    def word_starts(
+        self, documents: NDArray[np.int64], offsets: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Whether each token of the stretches document[offset : offset + length], end to end, begins a word."""
+        assert self._word_bits is not None
+        stretch, nth = ragged(lengths)
+        token = (self._first_token[documents] + offsets)[stretch] + nth
+        return (self._word_bits[token >> 3] >> (token & 7).astype(np.uint8) & 1).astype(np.bool_)
+
+    @cached_property
+    def _word_bits(self) -> NDArray[np.integer] | None:
+        return self._load_optional("word_starts")
+
+    @cached_property
+    def _first_token(self) -> NDArray[np.int64]:
+        """[N] tokens of the split that stand before each document."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
     def document(self, index: int) -> NDArray[np.int32]:
         """All tokens of one document."""

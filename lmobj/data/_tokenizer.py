@@ -19,16 +19,19 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from lmobj.batch import Vocabulary
 from lmobj.data._config import SentencePieceConfig
 from lmobj.errors import UserError
 
-__all__ = ["Tokenizer", "train_tokenizer"]
+if TYPE_CHECKING:
+    from lmobj.batch import Vocabulary
+
+__all__ = ["Tokenizer", "train_tokenizer", "training_lines"]
 
 _SPACE = "▁"
 """How SentencePiece writes a space in a piece (U+2581). The character itself is spelled in bytes."""
@@ -50,6 +53,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes):
         self._model = model
+        if not model:  # which SentencePiece takes for no model yet
+            raise ValueError("an empty model")
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._byte_ids = self._find_bytes()
 
@@ -57,10 +62,12 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Loads a `.model` file. Raises UserError if it is missing or no SentencePiece model."""
         try:
-            return cls(Path(path).read_bytes())
-        except OSError as error:
-            raise UserError(f"data.tokenizer.path: {path} cannot be read ({error.strerror}).") from error
-        except RuntimeError as error:
+            model = Path(path).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: no name that a file can have
+            raise UserError(f"data.tokenizer.path: {path} cannot be read ({error}).") from error
+        try:
+            return cls(model)
+        except (RuntimeError, IndexError, ValueError) as error:
             raise UserError(
                 f"data.tokenizer.path: {path} is not a SentencePiece model; accepted: a .model file as SentencePiece "
                 "writes it."
@@ -75,21 +82,32 @@ class Tokenizer:
         """Digest of the model."""
         return hashlib.blake2b(self._model, digest_size=16).hexdigest()
 
+    @property
+    def size(self) -> int:
+        """Pieces of the model."""
+        return self._processor.get_piece_size()
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Size and special ids. Where a loaded model has no padding piece, `pad` is its unknown piece, which every
         model has: padding is told by segment 0, not by the id."""
+        from lmobj.batch import Vocabulary  # with it comes jax, which the processes that tokenise do without
+
+        return Vocabulary(size=self.size, **self._special)
+
+    @cached_property
+    def _special(self) -> dict[str, Any]:
+        """The special ids as `Vocabulary` names them."""
         sp = self._processor
-        return Vocabulary(
-            size=sp.get_piece_size(),
-            pad=sp.pad_id() if sp.pad_id() >= 0 else sp.unk_id(),
-            unk=sp.unk_id(),
-            bos=sp.bos_id() if sp.bos_id() >= 0 else None,
-            eos=sp.eos_id() if sp.eos_id() >= 0 else None,
-            cls=self._piece_id("[CLS]", "<cls>"),
-            sep=self._piece_id("[SEP]", "<sep>"),
-            mask=self._piece_id("[MASK]", "<mask>"),
-        )
+        return {
+            "pad": sp.pad_id() if sp.pad_id() >= 0 else sp.unk_id(),
+            "unk": sp.unk_id(),
+            "bos": sp.bos_id() if sp.bos_id() >= 0 else None,
+            "eos": sp.eos_id() if sp.eos_id() >= 0 else None,
+            "cls": self._piece_id("[CLS]", "<cls>"),
+            "sep": self._piece_id("[SEP]", "<sep>"),
+            "mask": self._piece_id("[MASK]", "<mask>"),
+        }
 
     @cached_property
     def lossless(self) -> bool:
@@ -112,15 +130,16 @@ class Tokenizer:
         ]
         return np.concatenate(ids)
 
-    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[NDArray[np.int32]]:
-        """Token ids of each text. `threads` work outside Python's lock; the result does not depend on them."""
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Token ids of each text, faster than one by one."""
         chunks = [_chunks(text) if self.lossless else [text] for text in texts]
-        encoded = iter(self._processor.encode(list(itertools.chain.from_iterable(chunks)), num_threads=threads))
+        together = list(itertools.chain.from_iterable(chunks))
+        encoded = iter(self._processor.encode(together, num_threads=1, return_type="numpy"))
         ids = []
         for text, parts in zip(texts, chunks, strict=True):
-            own = list(itertools.chain.from_iterable(itertools.islice(encoded, len(parts))))
+            own = list(itertools.islice(encoded, len(parts)))
             marked = self.lossless and _SPACE in text
-            ids.append(self._encode_with_marker(parts) if marked else np.array(own, np.int32))
+            ids.append(self._encode_with_marker(parts) if marked else np.concatenate(own))
         return ids
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
@@ -194,7 +213,7 @@ class Tokenizer:
     def _surface(self) -> list[bytes | None]:
         """The UTF-8 bytes of each piece; None for special pieces."""
         sp = self._processor
-        special = set(self.vocabulary.special_ids)
+        special = set(self._special.values())
         surface: list[bytes | None] = []
         for index in range(sp.get_piece_size()):
             piece = sp.id_to_piece(index)
@@ -237,8 +256,8 @@ class Tokenizer:
         return np.array(newline), np.array(space), np.array(soft), np.array(hard)
 
 
-def train_tokenizer(config: SentencePieceConfig, texts: Iterable[str], size: int) -> Tokenizer:
-    """Trains a model on documents of about `size` bytes together, or an even sample of their lines.
+def train_tokenizer(config: SentencePieceConfig, texts: Iterable[str]) -> Tokenizer:
+    """Trains a model on all lines of `texts`.
 
     The same texts and settings give the same model on any number of cores.
 
@@ -248,7 +267,7 @@ def train_tokenizer(config: SentencePieceConfig, texts: Iterable[str], size: int
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample(_training_lines(texts), config.sample_bytes / max(size, 1)),
+            sentence_iterator=training_lines(texts),
             model_writer=model,
             vocab_size=config.trained_size,
             model_type=config.model,
@@ -258,6 +277,7 @@ def train_tokenizer(config: SentencePieceConfig, texts: Iterable[str], size: int
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             byte_fallback=True,
+            required_chars=_SPACE,
             user_defined_symbols=["\n"],
             control_symbols=["[CLS]", "[SEP]", "[MASK]"],
             pad_id=0,
@@ -299,28 +319,18 @@ def _chunks(text: str) -> list[str]:
     return [*chunks, text[start:]]
 
 
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+def training_lines(texts: Iterable[str]) -> Iterator[str]:
     """The lines of the documents. Newlines are pieces by decree, so training need not see them."""
     for text in texts:
         for line in text.split("\n"):
-            while len(line) > _LONGEST_LINE:
-                cut = line.rfind(" ", 1, _LONGEST_LINE)
-                cut = cut if cut > 0 else _LONGEST_LINE
-                yield line[:cut]
-                line = line[cut:]
+            start = 0
+            while len(line) - start > _LONGEST_LINE:
+                space = line.rfind(" ", start + 1, start + _LONGEST_LINE)
+                end = space if space > 0 else start + _LONGEST_LINE
+                yield line[start:end]
+                start = end
             if line:
-                yield line
-
-
-def _sample(lines: Iterable[str], share: float) -> Iterator[str]:
-    """Lines that hold about this share of the bytes, evenly spread; all of them from a share of 1."""
-    seen = kept = 0
-    for line in lines:
-        size = len(line.encode())
-        seen += size
-        if kept < share * seen:
-            kept += size
-            yield line
+                yield line[start:]
 
 
 def _bounds_word(character: str) -> bool:

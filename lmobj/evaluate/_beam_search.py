@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -39,7 +41,7 @@ class BeamConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 1 <= self.num_samples <= self.num_beams:
             raise UserError(f"num_samples is {self.num_samples}; with beams it must be 1 .. {self.num_beams}.")
-        if self.length_penalty < 0:
+        if not 0 <= self.length_penalty < math.inf:
             raise UserError(f"length_penalty is {self.length_penalty}; it must be at least 0.")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -54,9 +56,9 @@ class SamplingConfig:
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"{name} is {share}; it must be above 0 and at most 1, or null.")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; it must be at least 0 (0: greedy).")
-        if self.repetition_penalty <= 0:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; it must be a number of at least 0 (0: greedy).")
+        if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1: none).")
 
 

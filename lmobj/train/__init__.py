@@ -6,6 +6,7 @@ result = train.fit(config.load("configs/quickstart.yaml"))
 """
 
 from lmobj.train.assemble import Assembly, Experiment, assemble
+from lmobj.train.bad_batches import Halted
 from lmobj.train.config import TrainConfig
 from lmobj.train.loop import FitResult, fit
 from lmobj.train.run_folder import RunFolder
@@ -16,6 +17,7 @@ __all__ = [
     "Assembly",
     "Experiment",
     "FitResult",
+    "Halted",
     "Program",
     "RunFolder",
     "State",

@@ -1,13 +1,19 @@
 """Checkpoints of a training state: saved in the background, complete or absent, and checked when they are read.
 
-The only file that touches Orbax. A checkpoint is a folder named by its step:
+The only file that touches Orbax. A checkpoint is a folder named by its step, on a disk or in an object store:
 
-    <directory>/<step>/manifest.json   metrics, metadata, shape and dtype of every array, size and CRC-32 of every file
     <directory>/<step>/arrays/         the arrays, written by Orbax under their paths in the state
+    <directory>/<step>/manifest.json   metrics, metadata, shape and dtype of every array, size and checksum of
+                                       every file
 
-It is written as `<step>.saving`, then gets its manifest, and is renamed last, so that a process killed at any moment
-leaves either a complete checkpoint or none. The manifest is needed because Orbax does not notice everything: one
-flipped bit in a data file loads as a wrong number without an error.
+The manifest is written last and in one piece, and removed first. So a folder with a manifest is a complete checkpoint
+and one without is to be removed, at whatever moment a process was killed, and no folder is ever renamed, which object
+stores cannot do. A step that is saved again goes to `<step>.1`, `<step>.2`, ...: the last complete one counts. The
+manifest is also needed because Orbax does not notice everything: one flipped bit in a data file loads as a wrong
+number without an error.
+
+To disks and to `gs://` Orbax writes by itself, each process its own shards. For other stores, which it does not know,
+a checkpoint is written to this machine's disk first and then sent.
 """
 
 from __future__ import annotations
@@ -16,12 +22,11 @@ import contextlib
 import json
 import logging
 import math
-import os
 import pathlib
 import re
-import shutil
+import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -29,18 +34,22 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from lmobj.errors import UserError
+from lmobj.train.distributed import agreed, is_first, share
+from lmobj.train.storage import Folder, LocalFolder, Place, StoredFolder, open_folder, working_copy
 
 __all__ = ["Checkpoints", "Restored"]
 
 logger = logging.getLogger(__name__)
+# Orbax logs what fails in each of its threads with a traceback, and raises it too; once, and in one line, is enough.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
 
 _MANIFEST, _STATE = "manifest.json", "arrays"
-_FOLDER = re.compile(r"(\d+)(\.(saving|old|trash))?")
-"""A whole checkpoint; one being written; one being replaced (whole, used while there is no other); one to remove."""
+_FOLDER = re.compile(r"\d+(\.\d+)?")
+"""The step, and which of its saves it is if an earlier one was there."""
 
 
 class Restored(NamedTuple):
@@ -51,7 +60,7 @@ class Restored(NamedTuple):
     metrics: dict[str, float]
     metadata: dict[str, Any]
     notes: tuple[str, ...]
-    """One line for each newer checkpoint that was damaged and passed over."""
+    """One line for each newer checkpoint that was damaged or not finished, and passed over."""
 
 
 class _DamagedError(Exception):
@@ -62,10 +71,11 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: where they are; made at the first save.
+      directory: where they are, a path or a URL; made at the first save.
       keep: newest checkpoints kept, at least 1.
       best: metric whose best checkpoint is kept beside them; None: no such.
       mode: whether the best is the least (`min`) or the greatest (`max`).
+      before_commit: called in the background before a checkpoint becomes complete, to store what belongs to it.
 
     Saving runs in the background, one checkpoint at a time; an error there is raised by the next call of `save`, `wait`
     or `close`. With several processes every one calls `save` and `restore`, and the directory is shared.
@@ -73,19 +83,22 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: Place,
         *,
         keep: int = 2,
         best: str | None = None,
         mode: Literal["min", "max"] = "min",
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         if keep < 1:
             raise UserError(f"keep is {keep}; accepted: at least 1 checkpoint.")
         if mode not in ("min", "max"):
             raise UserError(f"mode is {mode!r}; accepted: min, max.")
-        self.directory = pathlib.Path(os.path.abspath(directory))
+        self.directory = open_folder(directory)
         self.keep, self.best, self.mode = keep, best, mode
-        self._damaged: set[int] = set()
+        self._staging = _staging(self.directory)
+        self._before_commit = before_commit
+        self._damaged: set[str] = set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -94,16 +107,16 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending, without those found damaged."""
-        if not self.directory.is_dir():
-            return []
-        names = (_FOLDER.fullmatch(path.name) for path in self.directory.iterdir() if path.is_dir())
-        return sorted({int(name[1]) for name in names if name and name[3] in (None, "old")} - self._damaged)
+        return list(self._complete())
 
-    def _folder(self, step: int) -> pathlib.Path:
-        """Where the whole checkpoint of a step is."""
-        path = self.directory / str(step)
-        old = path.with_name(f"{step}.old")
-        return old if old.exists() and not path.exists() else path
+    def _names(self) -> list[str]:
+        """The names of all folders that saves have made, the latest last."""
+        return sorted(filter(_FOLDER.fullmatch, self.directory.names()), key=lambda name: (_step(name), _attempt(name)))
+
+    def _complete(self) -> dict[int, str]:
+        """Step -> name of the folder of its last complete save."""
+        names = (name for name in self._names() if name not in self._damaged)
+        return {_step(name): name for name in names if self.directory.child(name).has(_MANIFEST)}
 
     @property
     def latest_step(self) -> int | None:
@@ -113,13 +126,14 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step whose checkpoint has the best finite value of the metric `best`, the earlier of equals."""
-        if self.best is None:
-            return None
+        return None if self.best is None else self._best_of(self._complete())
+
+    def _best_of(self, complete: Mapping[int, str]) -> int | None:
         sign = 1.0 if self.mode == "min" else -1.0
         values = {}
-        for step in self.steps:
+        for step, name in complete.items():
             try:
-                value = self._manifest(step)["metrics"].get(self.best)
+                value = self._manifest(name)["metrics"].get(self.best)
             except _DamagedError:
                 continue
             if value is not None and math.isfinite(value):
@@ -128,12 +142,11 @@ class Checkpoints:
 
     def metadata(self, step: int | None = None) -> dict[str, Any] | None:
         """The metadata stored with `step`, by default with the newest readable checkpoint; None if there is none."""
-        for candidate in reversed(self.steps) if step is None else [step]:
-            try:
-                stored: dict[str, Any] = self._manifest(candidate)["metadata"]
-            except _DamagedError:
-                continue
-            return stored
+        for candidate, name in reversed(self._complete().items()):
+            if step in (None, candidate):
+                with contextlib.suppress(_DamagedError):
+                    stored: dict[str, Any] = self._manifest(name)["metadata"]
+                    return stored
         return None
 
     # --- saving ---
@@ -169,63 +182,76 @@ class Checkpoints:
             "arrays": {path: _signature(array) for path, array in arrays.items()},
         }
         manifest = json.loads(json.dumps(manifest))  # what JSON cannot hold is refused here, not in the background
-        saving = self.directory / f"{step}.saving"
+        with agreed(f"checkpoint {step}"):
+            name = self._begin(step) if is_first() else ""
+        name = share(f"folder of checkpoint {step}", name)
         try:
-            if jax.process_index() == 0:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._clear_unfinished()
-                saving.mkdir()
-            _barrier(f"checkpoint {step}")
-            response = ocp.save_async(saving / _STATE, {k: a for k, a in arrays.items() if a.size})
+            target = _orbax_path(self._staging or self.directory.child(name))
+            response = ocp.save_async(target, {k: a for k, a in arrays.items() if a.size})
         except Exception as error:
-            raise self._failed(step, error) from error
-        self._pending = self._thread.submit(self._finish, step, saving, response, manifest)
+            raise self._failed(f"The checkpoint of step {step} could not be written to", error) from error
+        self._pending = self._thread.submit(self._finish, step, name, response, manifest)
 
-    def _finish(self, step: int, saving: pathlib.Path, response: Any, manifest: dict[str, Any]) -> None:
-        """In the background: waits for the arrays, writes the manifest, commits by renaming, and clears old ones."""
+    def _begin(self, step: int) -> str:
+        """Removes what killed saves have left, and names the folder of a new save."""
+        try:
+            complete = [name for name in self._names() if self.directory.child(name).has(_MANIFEST)]
+            self._remove_all_but(complete)
+            if self._staging is not None:
+                self._staging.remove()
+            earlier = [_attempt(name) for name in complete if _step(name) == step]
+            name = f"{step}.{max(earlier) + 1}" if earlier else str(step)
+            (self._staging or self.directory.child(name)).make()
+        except Exception as error:
+            raise self._failed(f"The checkpoint of step {step} could not be written to", error) from error
+        return name
+
+    def _finish(self, step: int, name: str, response: Any, manifest: dict[str, Any]) -> None:
+        """In the background: waits for the arrays, commits by writing the manifest, and removes old checkpoints."""
+        folder = self.directory.child(name)
         try:
             response.result()
-            if jax.process_index() != 0:
+            if not is_first():
                 return
-            files = sorted(path for path in saving.rglob("*") if path.is_file())
-            manifest["files"] = {path.relative_to(saving).as_posix(): _fingerprint(path) for path in files}
-            _write_manifest(saving / _MANIFEST, manifest)
-            final, old = self.directory / str(step), self.directory / f"{step}.old"
-            if final.exists():
-                final.rename(old)
-            saving.rename(final)
-            _sync(self.directory)
-            self._damaged.discard(step)
-            self._prune()
+            written = self._staging or folder
+            manifest["files"] = {file: [size, written.checksum(file)] for file, size in written.sizes().items()}
+            if self._staging is not None and isinstance(folder, StoredFolder):
+                for file in manifest["files"]:
+                    folder.send(self._staging.path / file, file)
+                self._staging.remove()
+            self._before_commit()
+            folder.write(_MANIFEST, _sealed(manifest))
         except Exception as error:
-            shutil.rmtree(saving, ignore_errors=True)
-            raise self._failed(step, error) from error
+            with contextlib.suppress(Exception):  # the error that led here is told, and the next save removes the rest
+                self._remove(name)
+            raise self._failed(f"The checkpoint of step {step} could not be written to", error) from error
+        try:
+            complete = self._complete()
+            kept = {*list(complete)[-self.keep :], self._best_of(complete) if self.best else None}
+            self._remove_all_but([complete[step] for step in kept if step is not None])
+        except Exception as error:
+            raise self._failed("Old checkpoints could not be removed from", error) from error
 
-    def _prune(self) -> None:
-        """Removes what is neither new nor best; renamed first, so that nothing half-removed has a checkpoint's name."""
-        steps = self.steps
-        kept = {*steps[-self.keep :], self.best_step}
-        for step in [*(s for s in steps if s not in kept), *self._damaged]:
-            path = self._folder(step)
-            if path.exists():
-                path.rename(self.directory / f"{step}.trash")
-        self._clear_unfinished()
+    def _remove_all_but(self, kept: list[str]) -> None:
+        for name in self._names():
+            if name not in kept:
+                self._remove(name)
 
-    def _clear_unfinished(self) -> None:
-        """Removes what a killed save or a removal left behind. Only a process that saves does this."""
-        for path in self.directory.iterdir():
-            name = _FOLDER.fullmatch(path.name)
-            if name and name[3] == "old" and not path.with_name(name[1]).exists():
-                path.rename(path.with_name(name[1]))
-            elif name and name[3]:
-                shutil.rmtree(path)
+    def _remove(self, name: str) -> None:
+        """Removes a folder, its manifest first, so that nothing half-removed looks complete."""
+        folder = self.directory.child(name)
+        folder.delete(_MANIFEST)
+        folder.remove()
 
-    def _failed(self, step: int, error: Exception) -> UserError:
-        intact = ", ".join(map(str, self.steps)) or "none"
+    def _failed(self, what: str, error: Exception) -> UserError:
+        try:
+            complete = ", ".join(map(str, self.steps)) or "none"
+        except (UserError, OSError):
+            complete = "unknown, since they cannot be listed"
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return UserError(
-            f"The checkpoint of step {step} could not be written to {self.directory}: {lines[0][:500]} Free some space "
-            f"or make the folder writable, then resume. Steps with a complete checkpoint: {intact}."
+            f"{what} {self.directory}: {lines[0][:500]} Free some space or make the folder writable, then resume. "
+            f"Steps with a complete checkpoint: {complete}."
         )
 
     def wait(self) -> None:
@@ -271,26 +297,59 @@ class Checkpoints:
           UserError: there is no checkpoint, none is whole, or its arrays are not those of `abstract_state`.
         """
         self.wait()
-        candidates = list(reversed(self.steps)) if step is None else [step]
-        if not candidates:
-            raise UserError(f"There is no checkpoint in {self.directory}.")
         notes: list[str] = []
-        for candidate in candidates:
-            fault = _agree(self._fault(candidate) if jax.process_index() == 0 else None)
-            if fault is None:
-                return self._read(candidate, abstract_state, notes)
-            self._damaged.add(candidate)
-            notes.append(f"The checkpoint of step {candidate} in {self.directory} is damaged: {fault}.")
+        with agreed("checkpoints to restore"):
+            complete = self._complete()
+            names = [*reversed(complete.values())] if step is None else [complete.get(step, str(step))]
+            if step is None:
+                notes += self._unfinished(after=max(complete, default=-1))
+            if not names:
+                raise UserError(f"{' '.join([*notes, ''])}There is no checkpoint in {self.directory}.")
+        names = share("checkpoints to restore", names)
+        for name in names:
+            with self._at_hand(name) as folder:
+                with agreed(f"check of checkpoint {name}"):
+                    fault = self._fault(name, folder) if is_first() else None
+                fault = share(f"fault of checkpoint {name}", fault)
+                if fault is None:
+                    if name != names[0]:
+                        logger.warning("Using the checkpoint of step %d instead.", _step(name))
+                    return self._read(name, folder, abstract_state, notes)
+            self._damaged.add(name)
+            notes.append(f"The checkpoint of step {_step(name)} in {self.directory} is damaged: {fault}.")
             logger.warning("%s", notes[-1])
         raise UserError(f"{' '.join(notes)} There is no other checkpoint to use.")
 
-    def _read(self, step: int, abstract_state: Any, notes: list[str]) -> Restored:
-        manifest = self._manifest(step)
+    def _unfinished(self, after: int) -> list[str]:
+        """A note for every newer save that was not finished: killed, most likely."""
+        steps = {_step(name) for name in self._names() if name not in self._damaged}
+        return [
+            f"The save of step {step} in {self.directory} was not finished: {_MANIFEST} is missing."
+            for step in sorted(steps)
+            if step > after
+        ]
+
+    @contextlib.contextmanager
+    def _at_hand(self, name: str) -> Iterator[Folder]:
+        """The folder of a checkpoint where Orbax can read it: itself, or a copy on this machine for the while."""
+        folder = self.directory.child(name)
+        if self._staging is None or not isinstance(folder, StoredFolder):
+            yield folder
+            return
+        self._staging.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._staging.path.parent) as copy:
+            with contextlib.suppress(_DamagedError, FileNotFoundError):  # the check that follows finds the same
+                for file in self._manifest(name)["files"]:
+                    folder.fetch(file, pathlib.Path(copy) / file)
+            yield LocalFolder(pathlib.Path(copy))
+
+    def _read(self, name: str, folder: Folder, abstract_state: Any, notes: list[str]) -> Restored:
+        manifest, step = self._manifest(name), _step(name)
         wanted = _flatten_abstract(abstract_state)
         _check_same_arrays(step, manifest["arrays"], {path: _signature(leaf) for path, leaf in wanted.items()})
         stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
         with self._same_precision():
-            loaded = ocp.load(self._folder(step) / _STATE, stored) if stored else {}
+            loaded = ocp.load(_orbax_path(folder), stored) if stored else {}
         for path, leaf in stored.items():
             if loaded[path].dtype != leaf.dtype:
                 raise RuntimeError(f"{path} was read as {loaded[path].dtype}, not {leaf.dtype}.")
@@ -299,8 +358,6 @@ class Checkpoints:
             for path, leaf in wanted.items()
         ]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-        if notes:
-            logger.warning("Using the checkpoint of step %d instead.", step)
         return Restored(step, state, manifest["metrics"], manifest["metadata"], tuple(notes))
 
     @contextlib.contextmanager
@@ -318,10 +375,10 @@ class Checkpoints:
         finally:
             jax.config.update("jax_enable_x64", elsewhere)
 
-    def _manifest(self, step: int) -> dict[str, Any]:
-        """The manifest of a step. Raises _DamagedError where there is none that is whole."""
+    def _manifest(self, name: str) -> dict[str, Any]:
+        """The manifest in a folder. Raises _DamagedError where there is none that is whole."""
         try:
-            content = json.loads((self._folder(step) / _MANIFEST).read_text())
+            content = json.loads(self.directory.child(name).read(_MANIFEST))
             manifest: dict[str, Any] = content["manifest"]
             if content["crc32"] != zlib.crc32(_canonical(manifest)):
                 raise _DamagedError(f"{_MANIFEST} does not fit its checksum")
@@ -329,21 +386,47 @@ class Checkpoints:
             raise _DamagedError(f"{_MANIFEST} cannot be read ({error})") from error
         return manifest
 
-    def _fault(self, step: int) -> str | None:
+    def _fault(self, name: str, folder: Folder) -> str | None:
         """What is wrong with a checkpoint, compared with its manifest; None if it is whole."""
-        folder = self._folder(step)
         try:
-            for name, (size, checksum) in self._manifest(step)["files"].items():
-                path = folder / name
-                if not path.is_file():
-                    return f"{name} is missing"
-                if path.stat().st_size != size:
-                    return f"{name} has {path.stat().st_size} bytes and should have {size}"
-                if _fingerprint(path)[1] != checksum:
-                    return f"{name} does not fit its checksum"
+            sizes = folder.sizes()
+            for file, (size, checksum) in self._manifest(name)["files"].items():
+                if file not in sizes:
+                    return f"{file} is missing"
+                if sizes[file] != size:
+                    return f"{file} has {sizes[file]} bytes and should have {size}"
+                if _differ(folder.checksum(file), checksum):
+                    return f"{file} does not fit its checksum"
         except (_DamagedError, OSError) as error:
             return str(error)
         return None
+
+
+def _step(name: str) -> int:
+    """The step in the name of a folder."""
+    return int(name.partition(".")[0])
+
+
+def _attempt(name: str) -> int:
+    """Which of the step's saves a folder holds, from 0."""
+    return int(name.partition(".")[2] or 0)
+
+
+def _staging(directory: Folder) -> LocalFolder | None:
+    """Where checkpoints are written before they are sent; None where Orbax writes them by itself."""
+    if not isinstance(directory, StoredFolder) or directory.url.startswith("gs://"):
+        return None
+    if jax.process_count() > 1:
+        raise UserError(
+            f"run is in {directory}, a kind of store that only a single process can save to; accepted with several: "
+            "gs://, or a folder that all of them share."
+        )
+    return LocalFolder(working_copy(directory.url) / "saving")
+
+
+def _orbax_path(folder: Folder) -> epath.Path:
+    """Where Orbax has the arrays of a checkpoint."""
+    return epath.Path(str(folder)) / _STATE
 
 
 # --- arrays and files ---------------------------------------------------------------------------------------------
@@ -390,46 +473,17 @@ def _describe(signature: list[Any] | None) -> str:
     return "absent" if signature is None else f"{signature[1]}{signature[0]}"
 
 
-def _fingerprint(path: pathlib.Path) -> list[int]:
-    """Size and CRC-32 of a file."""
-    size = checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return [size, checksum]
+def _differ(found: int | str | None, recorded: int | str | None) -> bool:
+    """Whether two checksums of one kind differ. A copy in another kind of store has only its size to compare."""
+    if isinstance(found, str) and isinstance(recorded, str):
+        return found.split()[0] == recorded.split()[0] and found != recorded
+    return isinstance(found, int) and isinstance(recorded, int) and found != recorded
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, sort_keys=True).encode()
 
 
-def _write_manifest(path: pathlib.Path, manifest: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump({"crc32": zlib.crc32(_canonical(manifest)), "manifest": manifest}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(path.parent)
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Makes a folder's entries durable, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _agree(fault: str | None) -> str | None:
-    """The first process's verdict, in every process."""
-    if jax.process_count() == 1:
-        return fault
-    text = (
-        jnp.zeros(512, jnp.uint8).at[:].set(jnp.frombuffer((fault or "").encode()[:512].ljust(512, b"\0"), jnp.uint8))
-    )
-    return bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0").decode(errors="replace") or None
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """The bytes of a manifest, with their checksum."""
+    return json.dumps({"crc32": zlib.crc32(_canonical(manifest)), "manifest": manifest}).encode()

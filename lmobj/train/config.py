@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lmobj.errors import UserError
+from lmobj.train.ema import EMA
+from lmobj.train.guard import Guard
 from lmobj.train.optimizers import AdamW, Optimizer
 from lmobj.train.schedules import Schedule
 from lmobj.train.sharding import MeshConfig
+from lmobj.train.sinks import WandB
 
 __all__ = ["TrainConfig"]
 
@@ -29,6 +32,10 @@ class TrainConfig:
     """Microbatches that a global batch is taken in, to save memory; the result is that of the whole batch."""
     optimizer: Optimizer = field(default_factory=AdamW)
     """The optimizer and its learning-rate schedule."""
+    guard: Guard = field(default_factory=Guard)
+    """What to do about losses and gradients that are not finite, and about loss spikes."""
+    ema: EMA | None = None
+    """Moving average of the weights, which evaluation, samples and generation then use; absent: none is kept."""
     coefficients: dict[str, float | Schedule] = field(default_factory=dict)
     """Weight of each of the objective's terms, a number or a schedule; the objective's own where absent."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -45,6 +52,8 @@ class TrainConfig:
     """Steps between checkpoints; absent: only at the end. A signal always saves."""
     keep: int = 2
     """Newest checkpoints kept, at least 1; the best by eval/loss is kept beside them."""
+    wandb: WandB | None = None
+    """Log to Weights & Biases as well; absent: do not."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -68,7 +69,8 @@ class Evaluation:
             return {}
         before, after = np.array(spec.prefix, np.int32), np.array(spec.suffix, np.int32)
         documents = [np.concatenate([before, document, after]) for document in data.documents("train")]
-        scored = [self._rows[name] for name in ("tokens", "segment_ids", "token_bytes")]
+        rows = self._read()
+        scored = [rows[name] for name in ("tokens", "segment_ids", "token_bytes")]
         orders = {"unigram": 1, "bigram": 2, "5-gram": 5}
         return {
             name: {"bits_per_byte": NGram.fit(documents, order, vocab.size).bits_per_byte(*scored)}
@@ -86,13 +88,14 @@ class Evaluation:
         mask = self.run.dataset.vocab.mask
         if self.run.objective.judged_by != "top5_accuracy" or mask is None:
             return None
-        tokenizer = self.run.dataset.tokenizer
-        rows = {**self._rows, "word_starts": tokenizer.word_starts(self._rows["tokens"], self._rows["segment_ids"])}
-        return Cloze.make(rows, tokenizer.is_word, mask_id=mask, count=500)
+        rows = self._read(("word_starts",))
+        return Cloze.make(rows, self.run.dataset.tokenizer.is_word, mask_id=mask, count=500)
 
-    @functools.cached_property
-    def _rows(self) -> dict[str, NDArray]:
-        batches = list(self.run.batches(self.split))
+    def _read(self, fields: tuple[str, ...] = ()) -> dict[str, NDArray]:
+        """All rows of the split, with these fields beside those that the objective reads."""
+        spec, size = self.run.rows, self.run.config.train.batch_size
+        spec = dataclasses.replace(spec, fields=tuple(dict.fromkeys((*spec.fields, *fields))))
+        batches = list(self.run.dataset.batches(spec, split=self.split, batch_size=size))
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
     def _top5_accuracy(self, state: State, cloze: Cloze) -> float:

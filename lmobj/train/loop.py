@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
+from lmobj.errors import UserError
 from lmobj.models import ModelBuilder
 from lmobj.objectives import Objective
+from lmobj.train import distributed, memory
 from lmobj.train.assemble import Assembly, Experiment, assemble
+from lmobj.train.bad_batches import BadBatches
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.environment import environment
 from lmobj.train.evaluation import Evaluation, readable
+from lmobj.train.guard import GUARD, Verdict
 from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import active
 from lmobj.train.signals import Stopped, listen
+from lmobj.train.sinks import Sink, TensorBoard, WandBSink
 from lmobj.train.step import State, StepMetrics
 from lmobj.train.summary import check_samples, summarise
 from lmobj.train.tracking import Tracker, last_metrics
@@ -25,7 +31,10 @@ __all__ = ["FitResult", "fit"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What training leaves: the run folder, the final state, the last value of each metric, and the run's parts."""
+    """What training leaves: the run folder, the final state, the last value of each metric, and the run's parts.
+
+    Of a run in a store, the folder is the working copy on this machine.
+    """
 
     run_dir: Path
     state: State
@@ -54,31 +63,55 @@ def fit(
     Returns:
       The final state and metrics. The run folder holds them too, with a report.
 
+    With several processes (`lmobj.train.distributed`) every one calls it; the first writes and prints.
+
     Raises:
-      UserError: a setting that cannot be satisfied, found before anything is written.
+      UserError: a setting that cannot be satisfied, found before anything is written; or memory that ran out.
+      Halted: `train.guard` ended the run at a bad batch; nothing was saved after it.
       Stopped: SIGTERM or SIGINT came; the state was saved. Its exit code is 128 + signal.
     """
     folder = RunFolder(config.run_dir)
-    if not resume:
-        folder.check_free()
-    if resume:
-        folder.check_exists()
+    with distributed.agreed("run folder"):
+        if not resume:
+            folder.check_free()
+        if resume:
+            folder.check_exists()
+        if config.train.wandb is not None:
+            config.train.wandb.check()
     run = assemble(config, objective=objective, model=model, quiet=quiet)
-    _rehearse(run)
-    if not resume:
-        folder.create(run.config_yaml)
-    with Checkpoints(folder.checkpoints, keep=config.train.keep, best="eval/loss") as checkpoints:
+    with distributed.agreed("rehearsal"):
+        _rehearse(run)
+    with distributed.agreed("files of the run"):
+        if distributed.is_first() and resume:
+            folder.fetch()
+        elif distributed.is_first():
+            folder.create(run.config_yaml)
+    with (
+        Checkpoints(
+            folder.checkpoints, keep=config.train.keep, best="eval/loss", before_commit=folder.publish
+        ) as checkpoints,
+        distributed.one_fate(),
+        folder.in_use(),
+        memory.explained(run),
+    ):
         state, notes = _first_state(run, folder, checkpoints, resume=resume)
-        folder.write_json("environment.json", environment())
+        if distributed.is_first():
+            folder.write_json("environment.json", environment())
         with _tracker(run, folder, start=int(state.step), quiet=quiet) as tracker:
             for note in (*notes, run.describe()):
                 tracker.note(note)
             evaluation = Evaluation(run)
+            if config.train.ema is not None:
+                tracker.note(
+                    f"Evaluations, samples and generation use the moving average of the weights (train.ema, decay "
+                    f"{config.train.ema.decay}), not the weights themselves."
+                )
             if not evaluation.has_text:
                 tracker.note("data.validation is 0: no text is held out, so the run is not evaluated.")
-            state = _train(run, state, evaluation, checkpoints, tracker)
+            state = _train(run, state, evaluation, folder, checkpoints, tracker)
             summarise(run, state, evaluation, folder, tracker)
-    return FitResult(folder.path, state, last_metrics(folder.metrics), run)
+        metrics = distributed.share("metrics", last_metrics(folder.metrics) if distributed.is_first() else {})
+    return FitResult(folder.path, state, metrics, run)
 
 
 def _rehearse(run: Assembly) -> None:
@@ -88,8 +121,10 @@ def _rehearse(run: Assembly) -> None:
     mask only once the model was trained.
     """
     (batch,) = run.batches("train", steps=1)
+    rows = run.config.train.batch_size  # of which `batch` holds those of this process
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
     with active(run.mesh, run.rules):
-        jax.eval_shape(run.program.eval_step, run.abstract_state, {}, batch)
+        jax.eval_shape(run.program.eval_step, run.abstract_state, {}, shapes)
     check_samples(run)
 
 
@@ -100,16 +135,38 @@ def _first_state(
 
     A resumed run begins at its newest whole checkpoint, or at step 0 if it was stopped before the first one.
     """
+    _check_shared(folder, checkpoints)
     if not resume:
         return run.initial_state(), ()
     if checkpoints.latest_step is None:
-        folder.check_config(run.identity["config"])
+        with distributed.agreed("config of the run"):
+            folder.check_config(run.identity["config"])
         return run.initial_state(), ("No checkpoint yet: starting from step 0.",)
-    stored = checkpoints.metadata()
-    if stored is not None:  # before the arrays are read: it names the setting that differs, not an array
-        check_same_run(stored, run.identity)
+    with distributed.agreed("run of the checkpoint"):
+        stored = checkpoints.metadata()
+        if stored is not None:  # before the arrays are read: it names the setting that differs, not an array
+            check_same_run(stored, run.identity)
     restored = checkpoints.restore(run.abstract_state)
     return restored.state, (*restored.notes, f"Resuming from step {restored.step}.")
+
+
+def _check_shared(folder: RunFolder, checkpoints: Checkpoints) -> None:
+    """Refuses a run folder that is not the same for every process."""
+    with distributed.agreed("shared run folder"):
+        if folder.in_store:
+            folder.check_exists()
+        elif not distributed.appears(folder.config):
+            raise UserError(
+                f"run is {str(folder)!r}, where process 0 has made the run folder and this one finds none; "
+                "accepted: a folder on a file system that all processes share."
+            )
+
+    def differ(first: int | None, here: int | None) -> str | None:
+        if first == here:
+            return None
+        return f"the newest checkpoint in {folder} is that of step {here} here and of step {first} in process 0"
+
+    distributed.same("newest checkpoint", checkpoints.latest_step, differ)
 
 
 def _tracker(run: Assembly, folder: RunFolder, *, start: int, quiet: bool) -> Tracker:
@@ -121,50 +178,95 @@ def _tracker(run: Assembly, folder: RunFolder, *, start: int, quiet: bool) -> Tr
         tokens_per_step=settings.batch_size * run.config.data.length,
         flops_per_token=6 * run.parameter_count,
         quiet=quiet,
+        sinks=list(_sinks(run, folder, start, quiet=quiet)) if distributed.is_first() else (),
     )
 
 
-def _train(run: Assembly, state: State, evaluation: Evaluation, checkpoints: Checkpoints, tracker: Tracker) -> State:
+def _sinks(run: Assembly, folder: RunFolder, start: int, *, quiet: bool) -> Iterator[Sink]:
+    """Where metrics go beside metrics.jsonl."""
+    if run.config.train.wandb is not None:
+        settings = run.identity["config"]
+        yield WandBSink(run.config.train.wandb, folder.path, name=settings["name"], config=settings, quiet=quiet)
+    yield TensorBoard(folder.path / "tensorboard", start=start)
+
+
+def _train(
+    run: Assembly,
+    state: State,
+    evaluation: Evaluation,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    tracker: Tracker,
+) -> State:
     """Steps from the state's to the last, with metrics, evaluations and checkpoints when they are due."""
     settings = run.config.train
     start = int(state.step)
-    logged: tuple[int, StepMetrics] | None = None
+    unread: tuple[int, StepMetrics] | None = None
     evaluated: dict[str, float] = {}
 
-    def log_pending() -> None:
-        """Writes the metrics of an earlier step: by now the device has them, so nothing waits."""
-        nonlocal logged
-        if logged is not None:
-            tracker.log(logged[0], _train_line(run, *logged))
-            logged = None
+    def last_checkpoint() -> int | None:
+        checkpoints.wait()
+        return checkpoints.latest_step
+
+    bad_batches = BadBatches(run, folder, last_checkpoint, tracker.note)
+
+    def read_metrics() -> None:
+        """Writes the metrics of an earlier step and acts on its verdict: the device has them, so nothing waits."""
+        nonlocal unread
+        if unread is None:
+            return
+        (at, metrics), unread = unread, None
+        if at == settings.steps or at % settings.log_every == 0:
+            tracker.log(at, _train_line(run, at, metrics))
+        if Verdict.is_bad(metrics):
+            bad_batches.act_on(at, Verdict.read(metrics))
 
     def save(step: int) -> None:
-        log_pending()
-        checkpoints.save(step, state, metrics=evaluated, metadata=run.identity)
+        read_metrics()
+        with tracker.timed("saving"):
+            checkpoints.save(step, state, metrics=evaluated, metadata=run.identity)
 
-    with listen() as stop:
-        for step, batch in enumerate(run.batches("train", start=start, steps=settings.steps - start), start + 1):
+    with listen(distributed.peers()) as stop:
+        for step, batch in enumerate(_batches(run, tracker, start), start + 1):
             state, metrics = run.train_step(state, batch)
             evaluated = {}
-            log_pending()
+            read_metrics()
+            unread = (step, metrics)
             last = step == settings.steps
-            if last or step % settings.log_every == 0:
-                logged = (step, metrics)
             if evaluation.has_text and (last or _due(step, settings.evaluate_every)):
-                log_pending()
-                with tracker.pause():
+                read_metrics()
+                with tracker.timed("evaluation"):
                     values = evaluation(state, None if last else settings.evaluate_batches)
                 evaluated = {f"eval/{name}": value for name, value in values.items()}
                 tracker.log(step, evaluated)
-            stopped = stop.signal_number  # read once: a signal may come between any two lines
+            stopped = stop.after(step)  # asked once: a signal may come between any two lines
             if last or _due(step, settings.checkpoint_every) or stopped is not None:
                 save(step)
             if stopped is not None:
                 checkpoints.wait()
-                tracker.note(f"Saved at step {step}. Continue with: {RunFolder(run.config.run_dir).resume_command}")
+                tracker.note(f"Saved at step {step}. Continue with: {folder.resume_command}")
                 raise Stopped(stopped)
     checkpoints.wait()
     return state
+
+
+def _batches(run: Assembly, tracker: Tracker, start: int) -> Iterator[dict[str, jax.Array]]:
+    """The training batches of the steps after `start`, each sent to the devices a step early, while they compute.
+
+    The wait for them is timed.
+    """
+    batches = iter(run.batches("train", start=start, steps=run.config.train.steps - start))
+
+    def following() -> dict[str, jax.Array] | None:
+        with tracker.timed("input_wait"):
+            batch = next(batches, None)
+            return None if batch is None else run.on_devices(batch)
+
+    batch = following()
+    while batch is not None:
+        ahead = following()
+        yield batch
+        batch = ahead
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -172,7 +274,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _train_line(run: Assembly, step: int, metrics: StepMetrics) -> dict[str, float]:
-    """`train/...` metrics of one step."""
-    values = readable(jax.device_get(metrics), run.coefficients(step - 1))
-    values["learning_rate"] = float(run.learning_rate(step - 1))
+    """`train/...` metrics of one step, with the learning rate that its first update was made with."""
+    pairs = jax.device_get(metrics)
+    values = readable({k: v for k, v in pairs.items() if not k.startswith(GUARD)}, run.coefficients(step - 1))
+    values["learning_rate"] = float(run.learning_rate(int(pairs[f"{GUARD}updates"][0])))
     return {f"train/{name}": value for name, value in values.items()}

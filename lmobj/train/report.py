@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lmobj.errors import UserError
-from lmobj.train.run_folder import write_atomically
+from lmobj.train.storage import write_atomically
 from lmobj.train.tracking import read_metrics
 
 __all__ = ["plot_curves", "write_report"]
@@ -202,6 +202,8 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     _, speed = run.series("perf/tokens_per_second")
     if speed.size:
         yield f"{np.median(speed):,.0f}", "tokens per second", "median"
+    if skipped := run.last("train/skipped"):
+        yield f"{skipped:,.0f}", "updates passed over", "by train.guard"
 
 
 def _comparison(run: Run) -> list[dict[str, Any]]:

@@ -8,32 +8,64 @@ environment.json   versions and devices
 baselines.json     what n-gram models reach on the same held-out text
 samples.json       texts sampled from the model
 report.html        all of it on one page
+
+`train.guard` adds bad_batches/ with the batches that it refused, and `train.wandb` adds wandb/ and wandb_id.
+
+It is a path or a URL. For a URL in a store (`gs://...`), checkpoints go there by themselves, and the other files, which
+are appended to, are kept in a working copy on this machine. They are sent just before a checkpoint becomes complete and
+at the end, so that whoever finds a checkpoint finds the metrics of its steps too; `resume`, on whatever machine, begins
+with what is in the store.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lmobj._yaml import read
 from lmobj.errors import UserError
+from lmobj.train.distributed import is_first
+from lmobj.train.storage import FULL, Place, StoredFolder, local_path, working_copy, write_atomically
 
-__all__ = ["RunFolder", "check_same_run", "differing_keys", "write_atomically"]
+__all__ = ["RunFolder", "check_same_run", "differing_keys"]
 
-MAY_CHANGE = ("run", "train.mesh", "train.log_every", "train.keep", "data.cache", "data.workers")
-"""Keys that `resume` lets differ: they change where and how fast a run goes, never what it computes."""
+MAY_CHANGE = (
+    "run", "train.mesh", "train.log_every", "train.keep", "train.guard", "train.wandb", "data.cache", "data.workers",
+)  # fmt: skip
+"""Keys that `resume` lets differ: they change where and how fast a run goes, never what it computes; or, train.guard,
+what becomes of batches that would end it."""
+
+_CHECKPOINTS = "checkpoints"
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run folder, and its creation."""
+    """A run folder's paths, its creation, and its way to and from a store.
 
-    path: pathlib.Path
+    Args:
+      place: path or URL.
+    """
+
+    def __init__(self, place: Place) -> None:
+        path = local_path(place)
+        self._store = None if path is not None else StoredFolder(os.fspath(place))
+        self.path = path if path is not None else working_copy(os.fspath(place))
+        """Where the files are on this machine."""
+        self._sent: dict[str, tuple[int, int]] = {}
+
+    def __str__(self) -> str:
+        """The path or URL, as messages show it."""
+        return str(self.path if self._store is None else self._store)
+
+    @property
+    def in_store(self) -> bool:
+        """Whether the files here are a working copy of those in a store."""
+        return self._store is not None
 
     @property
     def config(self) -> pathlib.Path:
@@ -46,42 +78,95 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
-    def checkpoints(self) -> pathlib.Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
+    def checkpoints(self) -> str:
+        """Path or URL of the folder of checkpoints."""
+        return f"{self}/{_CHECKPOINTS}"
 
     @property
     def resume_command(self) -> str:
         """What a person types in a shell to continue this run."""
-        return f"lmobj resume {shlex.quote(str(self.path))}"
+        return f"lmobj resume {shlex.quote(str(self))}"
 
     def create(self, config_yaml: str) -> None:
         """Makes the folder and writes the config. Refuses a folder that exists with anything in it."""
         self.check_free()
         try:
+            if self._store is not None and self.path.exists():
+                shutil.rmtree(self.path)  # the working copy of a run that has been deleted from the store
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config, config_yaml)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no name that a folder can have
             raise UserError(
-                f"run is {str(self.path)!r}, which cannot be made ({error.strerror}); accepted: a folder in a place "
-                "that can be written to."
+                f"run is {str(self)!r}, which cannot be made ({error}); accepted: a folder in a place that can be "
+                "written to."
             ) from error
+        self.publish()
 
     def check_free(self) -> None:
         """Raises UserError if the folder already holds something."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self._store is not None:
+            taken = bool(self._store.names())
+        elif os.path.isdir(self.path):  # a process killed while it wrote the config leaves a hidden file
+            taken = any(not path.name.startswith(f".{self.config.name}.") for path in self.path.iterdir())
+        else:
+            taken = os.path.lexists(self.path)
+        if taken:
             raise UserError(
-                f"run is {str(self.path)!r}, which already exists; continue it with `{self.resume_command}`, "
-                "choose another with run=FOLDER, or delete it."
+                f"run is {str(self)!r}, which already exists; continue it with `{self.resume_command}`, choose another "
+                "with run=FOLDER, or delete it."
             )
 
     def check_exists(self) -> None:
-        """Raises UserError if this is not a run folder."""
-        if not self.config.is_file():
+        """Raises UserError if this is not a run folder. Afterwards `config` can be read."""
+        if self._store is not None and self._store.has(self.config.name):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, self._store.read(self.config.name))
+        elif self._store is not None or not os.path.isfile(self.config):
             raise UserError(
-                f"{str(self.path)!r} is not a run folder: it holds no config.yaml; accepted: a folder made by "
-                "`lmobj train`."
+                f"{str(self)!r} is not a run folder: it holds no config.yaml; accepted: a folder made by `lmobj train`."
             )
+
+    def fetch(self) -> None:
+        """Makes the working copy that of the store; a folder that is no store's stays as it is."""
+        if self._store is None:
+            return
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        for name in self._store.sizes():
+            if not name.startswith(f"{_CHECKPOINTS}/"):
+                self._store.fetch(name, self.path / name)
+
+    def publish(self) -> None:
+        """Sends what has changed in the working copy to the store. Only the first process does."""
+        if self._store is None or not is_first():
+            return
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            if path.is_file() and not path.name.startswith("."):
+                status = path.stat()
+                mark = (status.st_size, status.st_mtime_ns)  # taken first: what is appended meanwhile goes next time
+                if self._sent.get(name) != mark:
+                    self._store.send(path, name)
+                    self._sent[name] = mark
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While a run writes its files: however it ends, they are sent; a full disk becomes a UserError."""
+        try:
+            try:
+                yield
+            except (Exception, SystemExit):
+                with contextlib.suppress(UserError):  # what ended the run matters more
+                    self.publish()
+                raise
+            self.publish()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise UserError(
+                f"There is no room left for the files of the run ({error.strerror}: {error.filename or self.path}). "
+                f"Free some space, then continue with `{self.resume_command}`."
+            ) from error
 
     def check_config(self, current: Mapping[str, Any]) -> None:
         """Raises UserError if the resolved config differs from the folder's in more than what may change.
@@ -93,13 +178,6 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Writes one of the folder's JSON files whole or not at all."""
         write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old text or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ denominators. Any split into microbatches or devices therefore gives the gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,8 @@ from lmobj.objectives import (
     step_keys,
     total_loss,
 )
+from lmobj.train.ema import EMA
+from lmobj.train.guard import GUARD, Guard, GuardState, Verdict, judge, select
 
 __all__ = ["TERM", "Program", "State", "StepMetrics"]
 
@@ -48,12 +50,24 @@ class State(NamedTuple):
     params: trainable parameters, {role: nested dict of arrays}.
     opt_state: the optimizer's.
     objective: the objective's own trained parameters and carried arrays.
+    guard: what `train.guard` knows: updates passed over, mean and variance of the loss.
+    ema: moving average of the parameters, like `params`; empty without `train.ema`.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
     objective: ObjectiveState
+    guard: GuardState
+    ema: Params | tuple[()] = ()
+
+    @property
+    def weights(self) -> Params:
+        """What evaluation and generation use: the moving average where there is one, else the parameters."""
+        if not self.ema:
+            return self.params
+        weights: Params = jax.tree.map(lambda average, p: average.astype(p.dtype), self.ema, self.params)
+        return weights
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,8 @@ class Program:
     graphs: role -> graph definition of every model, frozen ones included.
     coefficients: term -> schedule over steps.
     accumulate: microbatches per global batch.
+    guard: which updates are passed over; whether the run ends then is the loop's business.
+    ema: how the parameters are averaged, if they are.
     """
 
     objective: Objective
@@ -72,6 +88,8 @@ class Program:
     coefficients: Mapping[str, Schedule]
     seed: int
     accumulate: int = 1
+    guard: Guard = field(default_factory=Guard)
+    ema: EMA | None = None
 
     def __post_init__(self) -> None:
         whole = [n for n, kind in self.objective.term_kinds.items() if kind is TermKind.BATCH]
@@ -84,7 +102,14 @@ class Program:
     def init(self, params: Params, batch_size: int) -> State:
         """The state at step 0 for given parameters."""
         own = self.objective.init(jax.random.fold_in(self.key, 1), batch_size)
-        return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(_trained(params, own.params)), own)
+        return State(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(_trained(params, own.params)),
+            objective=own,
+            guard=GuardState.init(),
+            ema=() if self.ema is None else self.ema.init(params),
+        )
 
     @property
     def key(self) -> Array:
@@ -92,14 +117,22 @@ class Program:
         return jax.random.key(self.seed, impl="threefry2x32")
 
     def train_step(self, state: State, frozen: Params, batch: Batch) -> tuple[State, StepMetrics]:
-        """One global batch: prepare, then one or more updates. Metrics are (sum, weight) pairs."""
+        """One global batch: prepare, then one or more updates. Metrics are (sum, weight) pairs.
+
+        Updates that the guard finds bad change nothing; the batch counts as consumed all the same. `skipped` is the
+        number of such updates in the whole run, and the verdict on this step's first bad one is under `GUARD`, beside
+        the number of updates that the optimizer had made before the step.
+        """
         ctx = self._context(batch, state, update=0, train=True)[1]
         batch = self.objective.prepare(self._models(state.params, frozen), batch, ctx)
         batch = jax.lax.stop_gradient(batch)
-        metrics: StepMetrics = {}
-        for update in range(self.objective.updates):
-            state, metrics = self._update(state, frozen, batch, update)
-        return state._replace(step=state.step + 1), metrics
+        before = self._updates_made(state, 0)
+        state, metrics, verdict = self._update(state, frozen, batch, 0)
+        for update in range(1, self.objective.updates):
+            state, metrics, another = self._update(state, frozen, batch, update)
+            verdict = verdict.first(another)
+        metrics |= {"skipped": (state.guard.skipped, jnp.ones(())), f"{GUARD}updates": (before, jnp.ones(()))}
+        return state._replace(step=state.step + 1), metrics | verdict.metrics()
 
     def eval_step(self, state: State, frozen: Params, batch: Batch) -> StepMetrics:
         """Metrics of one batch with fixed keys and no dropout; each term is (sum, weight) as well.
@@ -108,7 +141,7 @@ class Program:
         """
         state = state._replace(step=jnp.zeros((), jnp.int32))
         noise_keys, ctx = self._context(batch, state, update=0, train=False)
-        models = self._models(state.params, frozen)
+        models = self._models(state.weights, frozen)
         example = self.objective.corrupt(noise_keys, self.objective.prepare(models, batch, ctx), ctx)
         terms = self.objective.terms(models, example, state.objective.carried, ctx)
         weights = self.objective.weights(example)
@@ -122,7 +155,11 @@ class Program:
         given = {**jax.lax.stop_gradient(frozen), **params}
         return {role: nnx.merge(graph, given[role]) for role, graph in self.graphs.items()}
 
-    def _update(self, state: State, frozen: Params, batch: Batch, update: int) -> tuple[State, StepMetrics]:
+    def _updates_made(self, state: State, update: int) -> Int[Array, ""]:
+        """Updates that the optimizer has made before this one, the `update`-th of its step."""
+        return state.step * self.objective.updates + update - state.guard.skipped
+
+    def _update(self, state: State, frozen: Params, batch: Batch, update: int) -> tuple[State, StepMetrics, Verdict]:
         objective, parts = self.objective, self.accumulate
         noise_keys, ctx = self._context(batch, state, update, train=True)
         example = jax.lax.stop_gradient(objective.corrupt(noise_keys, batch, ctx))
@@ -159,8 +196,12 @@ class Program:
             metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
         params, own = _untrained(optax.apply_updates(trained, updates))
-        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
-        return State(state.step, params, opt_state, ObjectiveState(own, carried)), metrics
+        ema = () if self.ema is None else self.ema.update(state.ema, params, self._updates_made(state, update))
+        norm = optax.tree.norm(grads)
+        good, guard, verdict = judge(self.guard, state.guard, metrics["loss"][0], norm)
+        changed = State(state.step, params, opt_state, ObjectiveState(own, carried), guard, ema)
+        state = select(good, changed, state)._replace(guard=guard)
+        return state, {**metrics, "grad_norm": (norm, jnp.ones(()))}, verdict
 
 
 _OWN = "objective"

@@ -13,6 +13,7 @@ from flax import nnx
 from lmobj.errors import UserError
 from lmobj.evaluate import SamplingConfig, continue_text, fill_masks, fill_text, masked_tokens
 from lmobj.models import CachedModel
+from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
 from lmobj.train.report import write_report
@@ -56,8 +57,11 @@ def check_samples(run: Assembly) -> None:
 
 def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFolder, tracker: Tracker) -> None:
     """Writes baselines.json, samples.json and report.html, and prints the figures, one sample and the report's path."""
+    model = run.model(state) if run.config.sample and "model" in run.program.graphs else None
+    if not distributed.is_first():  # the parameters came from every process; the rest is the first one's
+        return
     baselines = evaluation.baselines()
-    samples = _samples(run, state)
+    samples = [] if model is None else _samples(run, model, step=int(state.step))
     folder.write_json("baselines.json", baselines)
     folder.write_json("samples.json", samples)
     for sample in samples:
@@ -72,16 +76,12 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
         tracker.note(f"{'this model':>10}  {figure} {reached:.4f}")
     for sample in samples[:1]:
         tracker.note(f"\n{sample['prompt']}\n-> {sample['text']}\n")
-    tracker.note(f"Report: {report}")
+    tracker.note(f"Report: {folder}/{report.name}")
 
 
-def _samples(run: Assembly, state: State) -> list[dict[str, Any]]:
+def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
     """The config's prompts, continued by models that generate and filled by models that fill masks."""
-    prompts = run.config.sample
-    if not prompts or "model" not in run.program.graphs:
-        return []
-    model, tokenizer = run.model(state), run.dataset.tokenizer
-    step = int(state.step)
+    prompts, tokenizer = run.config.sample, run.dataset.tokenizer
     if isinstance(model, CachedModel):
         longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
         settings = dataclasses.replace(_SAMPLING, max_new_tokens=_room(model, longest))

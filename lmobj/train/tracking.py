@@ -14,17 +14,19 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lmobj.errors import UserError
+from lmobj.train.sinks import JsonLines, Sink, TensorBoard
 
-__all__ = ["PEAK_FLOPS", "Tracker", "last_metrics", "peak_flops", "read_metrics", "truncate_metrics"]
+__all__ = ["ACTIVITIES", "PEAK_FLOPS", "Tracker", "last_metrics", "peak_flops", "read_metrics", "truncate_metrics"]
 
 PEAK_FLOPS: Mapping[str, float] = {
     "TPU v2": 22.5e12,
@@ -56,6 +58,10 @@ PEAK_FLOPS: Mapping[str, float] = {
 sheets; a TPU v2 or v3 device is one of the chip's two cores). Multiplies and adds count separately."""
 
 
+ACTIVITIES = ("input_wait", "evaluation", "saving")
+"""What the loop does beside training steps, and `Tracker.timed` times: waiting for a batch, evaluating, saving."""
+
+
 def peak_flops(device_kind: str) -> float | None:
     """The peak of a kind of device, from the longest entry of `PEAK_FLOPS` whose words it has; None if unknown."""
     words = device_kind.replace("-", " ").split()
@@ -83,7 +89,7 @@ class Tracker:
         (about 6 times the parameters; Chowdhery et al. 2022, appendix B). It is shown where `peak_flops` knows the
         device, never on CPU.
       quiet: print nothing; the files are written all the same.
-      tensorboard: write event files.
+      sinks: where metrics go beside `metrics.jsonl`; by default event files for TensorBoard. They are closed with it.
       interval: seconds between plain lines.
 
     Only the first process writes and prints.
@@ -98,7 +104,7 @@ class Tracker:
         tokens_per_step: float | None = None,
         flops_per_token: float | None = None,
         quiet: bool = False,
-        tensorboard: bool = True,
+        sinks: Sequence[Sink] | None = None,
         interval: float = 10.0,
     ) -> None:
         self.run_dir = pathlib.Path(run_dir)
@@ -110,21 +116,14 @@ class Tracker:
         self._printed = -math.inf
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live: Progress | None = None
-        self._lines: Any = None
-        self._events: Any = None
+        self._sinks: list[Sink] = []
         if not self._leader:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
         truncate_metrics(path, start)
-        self._lines = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # imported late: it imports torch where torch is installed
-
-            # Files are named by the second; the suffix tells apart sessions that start in the same one.
-            self._events = SummaryWriter(
-                str(self.run_dir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}.{os.getpid()}"
-            )
+        self._sinks.append(JsonLines(path))
+        self._sinks += [TensorBoard(self.run_dir / "tensorboard", start=start)] if sinks is None else sinks
         if not self._quiet and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[line]}"))
             self._live = Progress(*columns, console=self._console)
@@ -134,8 +133,10 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of `step` to all places.
 
-        Where there are `train/` metrics among them, `perf/steps_per_second` and, where known,
-        `perf/tokens_per_second` and `perf/mfu` are added, measured since the `train/` metrics before.
+        Where there are `train/` metrics among them, these are added, measured since the `train/` metrics before:
+        `perf/steps_per_second` and, where known, `perf/tokens_per_second` and `perf/mfu`, without the time that went
+        to evaluation and saving; `perf/evaluation` and `perf/saving`, shares of the whole time; and
+        `perf/input_wait`, the share of the rest that was spent waiting for batches.
         """
         if not self._leader:
             return
@@ -143,7 +144,8 @@ class Tracker:
         training = any(name.startswith("train/") for name in numbers)
         if training:
             numbers |= self._performance(self._clock.lap(step))
-        self._write(step, numbers)
+        for sink in self._sinks:
+            sink.write(step, numbers)
         if self._quiet:
             return
         if training:
@@ -156,10 +158,9 @@ class Tracker:
         return last_metrics(self.run_dir / "metrics.jsonl").get(name)
 
     def text(self, step: int, name: str, value: str) -> None:
-        """Puts a text, such as a generated sample, into TensorBoard."""
-        if self._events is not None:
-            self._events.add_text(name, value, step)
-            self._events.flush()
+        """Puts a text, such as a generated sample, where it can be shown beside the metrics."""
+        for sink in self._sinks:
+            sink.text(step, name, value)
 
     def note(self, message: str) -> None:
         """Prints a line for the person, above the live line."""
@@ -167,19 +168,18 @@ class Tracker:
             self._console.print(message, markup=False)
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """The time in this block, of an evaluation say, does not count in steps per second."""
-        with self._clock.pause():
+    def timed(self, activity: str) -> Iterator[None]:
+        """The time in this block is that of one of the `ACTIVITIES`. Blocks do not nest."""
+        with self._clock.timed(activity):
             yield
 
-    def close(self) -> None:
-        """Ends the live line and closes the files."""
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the live line and closes the sinks. `failed`: an error or a signal ended the run."""
         if self._live is not None:
             self._live.stop()
-        if self._events is not None:
-            self._events.close()
-        if self._lines is not None:
-            self._lines.close()
+        with contextlib.ExitStack() as stack:
+            for sink in self._sinks:
+                stack.callback(sink.close, failed=failed)
 
     def __enter__(self) -> Tracker:
         return self
@@ -187,13 +187,14 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)
 
-    def _performance(self, speed: float | None) -> dict[str, float]:
-        """`perf/...` metrics at `speed` steps per second; none for the first lap, which holds the compilation."""
-        if speed is None:
+    def _performance(self, lap: _Lap | None) -> dict[str, float]:
+        """`perf/...` metrics of a lap; none for the first one, which holds the compilation."""
+        if lap is None:
             return {}
-        values = {"perf/steps_per_second": speed}
+        speed = lap.steps_per_second
+        values = {"perf/steps_per_second": speed, **{f"perf/{name}": share for name, share in lap.shares.items()}}
         if self.tokens_per_step is not None:
             values["perf/tokens_per_second"] = tokens = speed * self.tokens_per_step
             device = jax.devices()[0]
@@ -201,16 +202,6 @@ class Tracker:
             if self.flops_per_token is not None and peak is not None:
                 values["perf/mfu"] = tokens * self.flops_per_token / (peak * jax.device_count())
         return values
-
-    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._lines.flush()
-        if self._events is not None:
-            for name, value in finite.items():
-                if value is not None:
-                    self._events.add_scalar(name, value, step)
-            self._events.flush()
 
     def _show(self, step: int, numbers: Mapping[str, float]) -> None:
         parts = [f"{step}/{self.total}"]
@@ -231,33 +222,44 @@ class Tracker:
             self.note(f"step {line}")
 
 
+class _Lap(NamedTuple):
+    """Steps per second of training alone, and the shares of `ACTIVITIES`."""
+
+    steps_per_second: float
+    shares: dict[str, float]
+
+
 class _Clock:
-    """Steps per second between laps, without pauses, and seconds per step since the first lap, with them."""
+    """Times laps without evaluation and saving, and seconds per step since the first lap with them."""
 
     def __init__(self) -> None:
         self._last: tuple[int, float] | None = None
         self._first: tuple[int, float] | None = None
-        self._paused = 0.0
+        self._spent: dict[str, float] = defaultdict(float)
         self.seconds_per_step: float | None = None
 
-    def lap(self, step: int) -> float | None:
-        now, speed = time.monotonic(), None
+    def lap(self, step: int) -> _Lap | None:
+        now, lap = time.monotonic(), None
         if self._first is None or self._last is None:
             self._first = (step, now)
         elif step > self._last[0]:
-            elapsed = max(now - self._last[1] - self._paused, 1e-9)
-            speed = (step - self._last[0]) / elapsed
+            elapsed = max(now - self._last[1], 1e-9)
+            training = max(elapsed - self._spent["evaluation"] - self._spent["saving"], 1e-9)
+            whole = {"input_wait": training}
+            shares = {name: self._spent[name] / whole.get(name, elapsed) for name in ACTIVITIES}
+            lap = _Lap((step - self._last[0]) / training, shares)
             self.seconds_per_step = (now - self._first[1]) / (step - self._first[0])
-        self._last, self._paused = (step, now), 0.0
-        return speed
+        self._last = (step, now)
+        self._spent.clear()
+        return lap
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def timed(self, activity: str) -> Iterator[None]:
         started = time.monotonic()
         try:
             yield
         finally:
-            self._paused += time.monotonic() - started
+            self._spent[activity] += time.monotonic() - started
 
 
 def _number(value: float) -> str:

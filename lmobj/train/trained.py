@@ -16,6 +16,7 @@ from lmobj.data import Tokenizer
 from lmobj.errors import UserError
 from lmobj.evaluate import Continuation, DecodingConfig, Filling, continue_text, fill_text
 from lmobj.models import CachedModel
+from lmobj.train import distributed
 from lmobj.train.assemble import Assembly, Experiment, assemble
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.evaluation import Evaluation
@@ -79,17 +80,20 @@ def open_run(config: Experiment, *, best: bool = False, quiet: bool = False) -> 
       UserError: the folder has no checkpoint, or the config or the data are not those that it was made with.
     """
     folder = RunFolder(config.run_dir)
-    folder.check_exists()
+    with distributed.agreed("run folder"):
+        folder.check_exists()
     with Checkpoints(folder.checkpoints, keep=config.train.keep, best="eval/loss") as checkpoints:
-        if checkpoints.latest_step is None:
-            raise UserError(
-                f"{str(folder.path)!r} has no checkpoint yet; continue the run with `lmobj resume {folder.path}`."
-            )
+        with distributed.agreed("checkpoints"):
+            if checkpoints.latest_step is None:
+                raise UserError(
+                    f"{str(folder)!r} has no checkpoint yet; continue the run with `{folder.resume_command}`."
+                )
         run = assemble(config, quiet=quiet)
-        step = checkpoints.best_step if best else None
-        stored = checkpoints.metadata(step)
-        if stored is not None:  # before the arrays are compared: it names the setting, not the array
-            check_same_run(stored, run.identity)
+        with distributed.agreed("run of the checkpoint"):
+            step = checkpoints.best_step if best else None
+            stored = checkpoints.metadata(step)
+            if stored is not None:  # before the arrays are compared: it names the setting, not the array
+                check_same_run(stored, run.identity)
         restored = checkpoints.restore(run.abstract_state, step=step)
     return TrainedRun(run, restored.state)
 

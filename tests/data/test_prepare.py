@@ -20,9 +20,13 @@ from lmobj.data import (
     SentencePieceConfig,
     StdlibSource,
     TextFiles,
-    _dataset,
+    _parts,
+    _prepared,
+    _sampling,
+    _shard_writer,
     _shards,
     _sources,
+    _work,
     prepare,
 )
 from lmobj.data import _prepare as module
@@ -35,7 +39,7 @@ def corpus(tmp_path: Path, documents: list[str]) -> Path:
 
 
 def folders(config: DataConfig) -> list[Path]:
-    return [path for path in (Path(str(config.cache)) / "data").iterdir() if path.is_dir()]
+    return [path for path in Path(str(config.cache)).glob("data/*") if path.is_dir()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,7 +73,7 @@ def test_the_split_of_a_document_depends_on_its_text_alone(tmp_path, corpus, doc
 def test_what_is_prepared_is_found_again(tmp_path, corpus, monkeypatch):
     config = small_config(tmp_path, corpus)
     first = prepare(config, quiet=True)
-    monkeypatch.setattr(module, "_build", None)  # would fail if called
+    monkeypatch.setattr(module._Preparation, "_build", None)  # would fail if called
     for same in (config, dataclasses.replace(config, length=8), dataclasses.replace(config, workers=1)):
         assert prepare(same, quiet=True).fingerprint == first.fingerprint
     assert [path.suffix for path in folders(config)] == [""]
@@ -115,27 +119,28 @@ class Killed(BaseException):
 def test_an_interrupted_preparation_is_not_taken_for_done_and_continues(tmp_path, corpus, monkeypatch):
     config = small_config(tmp_path, corpus)
     whole = prepare(dataclasses.replace(config, cache=str(tmp_path / "whole")), quiet=True)
-    monkeypatch.setattr(module, "_PART_BYTES", 2000)
+    monkeypatch.setattr(_parts, "PART_BYTES", 2000)
     written = []
-    write, train = module._write_part, module.train_tokenizer
+    write = _work.WriteShards.__call__
 
-    def killed_at_third(*arguments):
+    def killed_at_third(work, part):
         if len(written) == 2:
             raise Killed
-        part = write(*arguments)
-        written.append(arguments[3])
-        return part
+        written.append(part.index)
+        return write(work, part)
 
-    monkeypatch.setattr(module, "_write_part", killed_at_third)
+    monkeypatch.setattr(_work.WriteShards, "__call__", killed_at_third)
     with pytest.raises(Killed):
         prepare(config, quiet=True)
     assert [path.suffix for path in folders(config)] == [".partial"]
 
     # The third part is begun again, and so is the second, whose shard is made shorter as after a power cut.
-    damaged = next(folders(config)[0].glob("train-00001.arrayrecord"))
+    damaged = next(folders(config)[0].glob("train-00000-001.arrayrecord"))
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    monkeypatch.setattr(module, "_write_part", lambda *arguments: written.append(arguments[3]) or write(*arguments))
-    monkeypatch.setattr(module, "train_tokenizer", None)  # the tokenizer was finished
+    monkeypatch.setattr(
+        _work.WriteShards, "__call__", lambda work, part: written.append(part.index) or write(work, part)
+    )
+    monkeypatch.setattr(_sampling, "train_tokenizer", None)  # the tokenizer was finished
     dataset = prepare(config, quiet=True)
     assert written[:4] == [0, 1, 1, 2]
     assert written == [0, 1, *range(1, written[-1] + 1)]
@@ -144,20 +149,21 @@ def test_an_interrupted_preparation_is_not_taken_for_done_and_continues(tmp_path
     for split in ("train", "validation", "test"):
         pairs = zip(dataset.documents(split), whole.documents(split), strict=True)
         assert all(np.array_equal(one, two) for one, two in pairs)
-    assert not list(folders(config)[0].glob("part-*"))
-    monkeypatch.setattr(module, "train_tokenizer", train)
+    left = {path.name for path in folders(config)[0].iterdir()}
+    assert left == {"manifest.json", *json.loads((folders(config)[0] / "manifest.json").read_text())["files"]}
 
 
 def test_many_parts_and_long_documents_read_back_whole(tmp_path, corpus, documents, monkeypatch):
     # Shards of a few documents and records of 8 tokens: every document spans records, every split several shards.
-    monkeypatch.setattr(module, "_PART_BYTES", 3000)
-    monkeypatch.setattr(module, "_ENCODE_BYTES", 500)
+    monkeypatch.setattr(_parts, "PART_BYTES", 3000)
+    monkeypatch.setattr(_work, "_ENCODE_BYTES", 500)
+    monkeypatch.setattr(_shard_writer, "RECORD_TOKENS", 8)
     monkeypatch.setattr(_shards, "_RECORD_TOKENS", 8)
     dataset = prepare(small_config(tmp_path, corpus), quiet=True)
-    assert len(dataset._manifest["splits"]["train"]["shards"]) > 3
+    assert len(dataset._first.manifest["splits"]["train"]["shards"]) > 3
     found = [dataset.tokenizer.decode(t) for s in ("train", "validation", "test") for t in dataset.documents(s)]
     assert sorted(found) == sorted(documents)
-    store = dataset._store("train")
+    store = dataset._first.store("train")
     whole = list(store.documents())
     draw = np.random.default_rng(0)
     for _ in range(20):
@@ -189,8 +195,8 @@ def test_two_processes_prepare_the_same_data_once(tmp_path, corpus):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train-00000.arrayrecord", lambda data: data[:-100], "bytes instead of"),
-        ("train-00000.arrayrecord", lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:], "checksum"),
+        ("train-00000-000.arrayrecord", lambda data: data[:-100], "bytes instead of"),
+        ("train-00000-000.arrayrecord", lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:], "checksum"),
         ("validation-lengths.npy", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "checksum"),
         ("tokenizer.model", lambda data: b"", "0 bytes instead of"),
         ("manifest.json", lambda data: data[: len(data) // 2], "cannot be read"),
@@ -212,12 +218,12 @@ def test_damaged_data_is_found_and_named(tmp_path, corpus, name, change, message
 def test_damage_in_a_shard_too_large_to_check_first_is_found_on_reading(tmp_path, corpus, monkeypatch):
     config = small_config(tmp_path, corpus)
     third = list(prepare(config, quiet=True).documents("train"))[3]
-    path = folders(config)[0] / "train-00000.arrayrecord"
+    path = folders(config)[0] / "train-00000-000.arrayrecord"
     data = bytearray(path.read_bytes())
     data[data.index(third.astype("<u2").tobytes())] ^= 1
     path.write_bytes(data)
-    monkeypatch.setattr(_dataset, "_ALWAYS_CHECKED_BYTES", 0)
-    with pytest.raises(UserError, match=r"train-00000\.arrayrecord, record 3: .*hash mismatch"):
+    monkeypatch.setattr(_prepared, "_ALWAYS_CHECKED_BYTES", 0)
+    with pytest.raises(UserError, match=r"train-00000-000\.arrayrecord, record 3: .*hash mismatch"):
         list(prepare(config, quiet=True).documents("train"))
 
 
@@ -248,7 +254,7 @@ def test_a_corpus_that_cannot_be_prepared_leaves_nothing_behind(tmp_path, text, 
 
 
 def test_bad_bytes_found_late_leave_nothing_behind(tmp_path, corpus, monkeypatch, dataset):
-    monkeypatch.setattr(module, "_PART_BYTES", 1000)
+    monkeypatch.setattr(_parts, "PART_BYTES", 1000)
     dataset.tokenizer.save(tmp_path / "a.model")
     corpus.write_bytes(corpus.read_bytes() + b"\n\nbad \xff\n")
     config = small_config(tmp_path, corpus, tokenizer=SentencePieceConfig(path=str(tmp_path / "a.model")))
@@ -305,7 +311,7 @@ def test_files_of_the_library_that_do_not_parse_are_counted(tmp_path, documents,
     (tmp_path / "lib" / "broken.py").write_text("def (:\n")
     monkeypatch.setattr(_sources.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
     dataset = prepare(small_config(tmp_path, tmp_path, source=StdlibSource()), quiet=True)
-    assert dataset.summary()["skipped_files"] == 1
+    assert dataset.summary()["skipped"] == 1
     assert sum(split["documents"] for split in dataset.summary()["splits"].values()) == len(documents)
 
 
@@ -313,7 +319,7 @@ def test_the_manifest_is_json_and_names_no_path(tmp_path, corpus):
     config = small_config(tmp_path, corpus)
     prepare(config, quiet=True)
     text = (folders(config)[0] / "manifest.json").read_text()
-    assert json.loads(text)["format"] == 1
+    assert json.loads(text)["format"] == module._FORMAT
     assert str(tmp_path) not in text
 
 

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from batches import SHARES, check_shares, same
 
 from lmobj.batch import RowSpec
 from lmobj.data import Dataset
@@ -16,10 +17,6 @@ LAYOUTS = ("packed", "single", "stream", "pairs")
 
 def spec_of(layout: str, length: int = 16) -> RowSpec:
     return RowSpec(layout, length, (4,), (5,), ("word_starts", "token_bytes"))
-
-
-def same(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
 
 
 def check_arrays(dataset: Dataset, batch: dict, spec: RowSpec) -> None:
@@ -132,17 +129,9 @@ def test_neighbours_in_a_batch_are_not_neighbours_in_the_text(dataset):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_processes_read_slices_of_the_same_batch(dataset, layout):
-    spec = spec_of(layout)
-    whole = list(dataset.batches(spec, seed=0, batch_size=8, start=5, steps=3))
-    for count in (2, 4):
-        slices = [
-            list(dataset.batches(spec, seed=0, batch_size=8, start=5, steps=3, process_index=i, process_count=count))
-            for i in range(count)
-        ]
-        for step in range(3):
-            joined = {name: np.concatenate([part[step][name] for part in slices]) for name in whole[step]}
-            assert same(joined, whole[step])
+@pytest.mark.parametrize("shares", SHARES)
+def test_shares_of_a_batch_together_are_the_batch(dataset, layout, shares):
+    check_shares(dataset, spec_of(layout), shares)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -203,9 +192,16 @@ def test_closing_an_endless_iterator_stops_its_threads(dataset):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch size is 0"),
-        ({"batch_size": 6, "process_count": 4}, "batch size 6 is not divisible by the 4 processes"),
+        (
+            {"batch_size": 2, "spec": RowSpec("packed", 8, fields=("labels",))},
+            "layout is 'packed'; accepted: the layout",
+        ),
+        ({"batch_size": 2, "spec": RowSpec("examples", 8, fields=("labels",))}, "the data of data.source do not have"),
         ({"batch_size": 2, "split": "dev"}, "split is 'dev'; accepted: train, validation, test"),
-        ({"batch_size": 2, "spec": RowSpec("packed", 8, fields=("pos",))}, "'pos'; accepted: word_starts, token_bytes"),
+        (
+            {"batch_size": 2, "spec": RowSpec("packed", 8, fields=("pos",))},
+            "'pos'; accepted: word_starts, token_bytes, labels, scores",
+        ),
         ({"batch_size": 2, "spec": RowSpec("single", 2, (4,), (5,))}, "rows of 2 tokens"),
     ],
 )

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from lmobj.data import StdlibSource, TextFiles
-from lmobj.data._sources import StdlibCorpus, TextCorpus, open_corpus
+from lmobj.data._inputs import Tally
+from lmobj.data._sources import open_corpus, open_stdlib
 from lmobj.errors import UserError
 
 
 def texts(*patterns: str | Path, **options: str) -> list[str]:
-    return list(TextCorpus(TextFiles(files=tuple(map(str, patterns)), **options), 2).documents())
+    corpus = open_corpus(TextFiles(files=tuple(map(str, patterns)), **options), 2)
+    return [document.text for document in corpus.documents()]
 
 
 def test_one_document_per_file(tmp_path):
@@ -79,11 +81,11 @@ def test_order_and_identity_depend_on_content_alone(tmp_path):
         (tmp_path / folder).mkdir()
         for name, content in zip(names, contents, strict=True):
             (tmp_path / folder / name).write_text(content)
-    first, second = (TextCorpus(TextFiles(files=(str(tmp_path / folder / "*"),)), 2) for folder in "xy")
+    first, second = (open_corpus(TextFiles(files=(str(tmp_path / folder / "*"),)), 2) for folder in "xy")
     assert first.identity == second.identity
     assert list(first.documents()) == list(second.documents())
     (tmp_path / "x" / "a").write_text("document 0.")
-    assert TextCorpus(TextFiles(files=(str(tmp_path / "x" / "*"),)), 2).identity != first.identity
+    assert open_corpus(TextFiles(files=(str(tmp_path / "x" / "*"),)), 2).identity != first.identity
 
 
 @pytest.fixture
@@ -107,27 +109,27 @@ def library(tmp_path: Path) -> Path:
 
 
 def test_the_library_gives_topics_and_docstrings_once_each(library):
-    corpus = StdlibCorpus(library, 2)
-    assert list(corpus.documents()) == [
+    tally = Tally()
+    assert [document.text for document in open_stdlib(library, 2).documents(tally)] == [
         "First topic.",
         "Second topic.\nindented",  # cleandoc takes the common indentation of all lines but the first
         "Module.\n\nClass.\n\nMethod.\n\nflat\n  deep\n\nAsync.",
         "Own.",
     ]
-    assert corpus.skipped == 1
+    assert tally.skipped == 1
 
 
 def test_a_folder_without_library_sources_is_named(tmp_path):
     with pytest.raises(UserError, match=r"stdlib.*pydoc_data/topics\.py"):
-        StdlibCorpus(tmp_path, 2)
+        open_stdlib(tmp_path, 2)
 
 
 def test_the_library_of_this_python_is_a_corpus():
-    corpus = open_corpus(StdlibSource(), 2)
-    documents = list(corpus.documents())
+    tally = Tally()
+    documents = [document.text for document in open_corpus(StdlibSource(), 2).documents(tally)]
     assert len(documents) == len(set(documents)) > 400
     # The reference of the language and the docstrings of some 500 modules: about 2 MB, in every CPython.
     assert 1_500_000 < sum(len(text) for text in documents) < 4_000_000
     assert any(text.startswith("Boolean operations") for text in documents)
     assert any("Return a shallow copy" in text for text in documents)
-    assert corpus.skipped == 0
+    assert tally.skipped == 0

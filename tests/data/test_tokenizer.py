@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmobj.data import SentencePieceConfig, Tokenizer
@@ -31,7 +31,7 @@ AWKWARD = [
 
 
 def trained(kind: str, documents: list[str]) -> Tokenizer:
-    return train_tokenizer(SentencePieceConfig(vocab_size=400, model=kind), documents, 1)
+    return train_tokenizer(SentencePieceConfig(vocab_size=400, model=kind), documents)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_awkward_text_comes_back(tokenizer, text):
     check_round_trip(tokenizer, text)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8"), max_size=60) | st.text(" \n\t.\u2581ab日", max_size=60))
 def test_any_text_comes_back(unigram, text):
     check_round_trip(unigram, text)
@@ -78,10 +79,10 @@ def test_special_pieces_are_text_unless_asked_for(tokenizer):
     assert tokenizer.encode("[CLS]a [MASK] b[MASK][SEP]", special=True).tolist() == expected
 
 
-def test_batches_and_threads_change_nothing(tokenizer, documents):
+def test_batches_change_nothing(tokenizer, documents):
     texts = [*documents[:20], *AWKWARD]
     one = [tokenizer.encode(text).tolist() for text in texts]
-    assert [ids.tolist() for ids in tokenizer.encode_batch(texts, threads=2)] == one
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == one
 
 
 def test_cutting_long_text_for_encoding_changes_nothing(unigram, documents, monkeypatch):
@@ -109,17 +110,9 @@ def test_the_model_is_the_same_every_time_and_survives_a_file(documents, kind, t
     assert loaded.encode(documents[0]).tolist() == tokenizer.encode(documents[0]).tolist()
 
 
-def test_training_reads_an_even_sample_of_lines():
-    lines = [f"{number:04d}" for number in range(1000)]  # 4 bytes each
-    kept = list(module._sample(lines, 0.25))
-    assert len(kept) == 250
-    assert all(sum(line < f"{bound:04d}" for line in kept) == bound // 4 for bound in (200, 400, 800))
-    assert list(module._sample(lines, 1.0)) == lines
-
-
 def test_long_lines_are_cut_not_dropped(monkeypatch):
     monkeypatch.setattr(module, "_LONGEST_LINE", 10)
-    assert list(module._training_lines(["one two three four\n\nx" + "y" * 12])) == [
+    assert list(module.training_lines(["one two three four\n\nx" + "y" * 12])) == [
         "one two",
         " three",
         " four",
@@ -132,16 +125,16 @@ def test_long_lines_are_cut_not_dropped(monkeypatch):
 def test_a_vocabulary_beyond_the_corpus_names_the_largest_that_works(kind):
     texts = ["hello world, hello there"]
     with pytest.raises(UserError, match=r"vocab_size is 5000, but .* at most \d+") as error:
-        train_tokenizer(SentencePieceConfig(vocab_size=5000, model=kind), texts, 1)
+        train_tokenizer(SentencePieceConfig(vocab_size=5000, model=kind), texts)
     largest = int(str(error.value).split("up to ")[1].split(",")[0])
-    assert train_tokenizer(SentencePieceConfig(vocab_size=largest, model=kind), texts, 1).vocabulary.size == largest
+    assert train_tokenizer(SentencePieceConfig(vocab_size=largest, model=kind), texts).vocabulary.size == largest
     with pytest.raises(UserError, match="at most"):
-        train_tokenizer(SentencePieceConfig(vocab_size=largest + 1, model=kind), texts, 1)
+        train_tokenizer(SentencePieceConfig(vocab_size=largest + 1, model=kind), texts)
 
 
 def test_a_vocabulary_too_small_for_its_bytes_names_the_smallest(documents):
     with pytest.raises(UserError, match=r"vocab_size is 100, but .* alone need \d+"):
-        train_tokenizer(SentencePieceConfig(vocab_size=100), documents, 1)
+        train_tokenizer(SentencePieceConfig(vocab_size=100), documents)
 
 
 def test_words_begin_where_berts_tokenizer_would_cut(unigram):
@@ -222,3 +215,10 @@ def test_what_is_no_model_is_named(tmp_path):
         Tokenizer.load(tmp_path / "text.model")
     with pytest.raises(UserError, match=r"data\.tokenizer\.path.*missing\.model cannot be read"):
         Tokenizer.load(tmp_path / "missing.model")
+
+
+def test_spaces_survive_a_model_trained_on_text_without_any():
+    texts = [f"第{number}句：我们学习语言。" for number in range(60)]  # noqa: RUF001
+    tokenizer = train_tokenizer(SentencePieceConfig(vocab_size=300), texts)
+    assert tokenizer.lossless
+    assert tokenizer.decode(tokenizer.encode(" 学  习 ")) == " 学  习 "

@@ -26,7 +26,7 @@ GREEDY = SamplingConfig(max_new_tokens=4, temperature=0.0)
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     text = "the quick brown fox sees the quiet river and the old stone\n" * 4
-    return train_tokenizer(SentencePieceConfig(vocab_size=340), [text], len(text))
+    return train_tokenizer(SentencePieceConfig(vocab_size=340), [text])
 
 
 def one(tokenizer: Tokenizer, text: str) -> int:

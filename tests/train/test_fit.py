@@ -6,6 +6,7 @@ import inspect
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_wandb import FakeWandB
 from flax import nnx
 from tiny_runs import PEAK, STEPS, experiment, metric_lines
 
@@ -27,6 +29,7 @@ from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.optimizers import AdamW
 from lmobj.train.schedules import ConstantSchedule
 from lmobj.train.sharding import MeshConfig
+from lmobj.train.sinks import WandB
 from lmobj.train.tracking import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -53,7 +56,7 @@ def test_metrics_have_their_names_at_their_steps(causal: FitResult, masked: FitR
     for result in (causal, masked):
         kind = result.assembly.config.objective.name
         train, held_out = set(common), {*common, judged[kind]}
-        train |= {"grad_norm", "learning_rate"} | ({"bits_per_byte"} if kind == "causal_lm" else set())
+        train |= {"grad_norm", "learning_rate", "skipped"} | ({"bits_per_byte"} if kind == "causal_lm" else set())
         lines = metric_lines(result.run_dir)
         assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
         assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6, 9, 12]
@@ -62,7 +65,9 @@ def test_metrics_have_their_names_at_their_steps(causal: FitResult, masked: FitR
             names = train if group == "train" else held_out
             assert set(line) == {"step", *(f"{group}/{name}" for name in names)}
         perf = {name for line in read_metrics(result.run_dir / "metrics.jsonl") for name in line if "perf/" in name}
-        assert perf == {"perf/steps_per_second", "perf/tokens_per_second"}
+        assert perf == {
+            f"perf/{name}" for name in ("steps_per_second", "tokens_per_second", "input_wait", "evaluation", "saving")
+        }
 
 
 def test_each_metric_fits_the_others(causal: FitResult) -> None:
@@ -253,6 +258,23 @@ def test_an_objective_and_a_model_of_ones_own_in_under_40_lines(corpus: pathlib.
     assert result.metrics["eval/loss"] < curve[0] - 1.5
     assert set(result.state.params["model"]) == {"embed", "out"}
     assert (result.run_dir / "report.html").is_file()
+
+
+def test_wandb_gets_the_config_and_every_line(
+    corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    _refused(corpus, tmp_path / "run", r"train\.wandb is set and the package wandb", train={"wandb": WandB()})
+
+    service = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    settings = experiment(corpus, tmp_path / "run", train={"steps": 4, "wandb": WandB(), "log_every": 2}, sample=())
+    result = fit(settings, objective=PredictPrevious(), model=BigramConfig(), quiet=True)
+    (_, given), *_ = service.calls
+    assert given["config"] == result.assembly.identity["config"]
+    assert (given["name"], given["settings"]["silent"]) == ("tiny", True)
+    assert [values for name, values in service.calls if name == "log"] == read_metrics(result.run_dir / "metrics.jsonl")
+    assert service.calls[-1] == ("finish", 0)
 
 
 # --- settings at the edge -----------------------------------------------------------------------------------------

@@ -278,6 +278,8 @@ def test_every_key_but_those_is_held_fast(causal: FitResult) -> None:
     free = {key for key in keys(identity["config"]) if key not in refused}
     assert free == {
         "run", "train.mesh.data", "train.mesh.fsdp", "train.mesh.tensor", "train.log_every", "train.keep",
+        "train.guard.nonfinite", "train.guard.spike", "train.guard.threshold", "train.guard.decay",
+        "train.guard.warmup", "train.guard.dumps", "train.wandb",
         "data.cache", "data.workers",
     }  # fmt: skip
     assert "now have the fingerprint other, and the checkpoint was made with" in (

@@ -8,13 +8,16 @@ import math
 import pathlib
 import struct
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from fake_wandb import FakeWandB
 from tensorboardX.proto.event_pb2 import Event
 
 from lmobj.errors import UserError
 from lmobj.train import tracking
+from lmobj.train.sinks import WandB, WandBSink
 from lmobj.train.tracking import Tracker, read_metrics, truncate_metrics
 
 
@@ -53,17 +56,29 @@ def test_metrics_file_speed_and_events(tmp_path: pathlib.Path, monkeypatch: pyte
         clock.now += 30  # compilation: no speed is told for the first lap
         tracker.log(10, {"train/loss": 3.5})
         clock.now += 2
-        with tracker.pause():
+        with tracker.timed("evaluation"):
             clock.now += 50
             tracker.log(10, {"eval/bits_per_byte": 2.25, "eval/bad": math.inf})
-        clock.now += 3
+        with tracker.timed("input_wait"):
+            clock.now += 0.5
+        clock.now += 2.5
+        with tracker.timed("saving"):
+            clock.now += 5
         tracker.log(20, {"train/loss": math.nan})
         # Every line is on disk before the tracker is closed.
         assert lines_of(tmp_path / "metrics.jsonl") == [
             {"step": 10, "train/loss": 3.5},
             {"step": 10, "eval/bits_per_byte": 2.25, "eval/bad": None},
-            # 10 steps in 2 + 3 seconds, 64 tokens each.
-            {"step": 20, "train/loss": None, "perf/steps_per_second": 2.0, "perf/tokens_per_second": 128.0},
+            # 10 steps in 2 + 3 seconds, 64 tokens each; in all 60 seconds.
+            {
+                "step": 20,
+                "train/loss": None,
+                "perf/steps_per_second": 2.0,
+                "perf/tokens_per_second": 128.0,
+                "perf/input_wait": 0.1,
+                "perf/evaluation": 50 / 60,
+                "perf/saving": 5 / 60,
+            },
         ]
         tracker.text(20, "samples/0", "once upon a time")
     back = read_metrics(tmp_path / "metrics.jsonl")
@@ -83,6 +98,9 @@ def test_metrics_file_speed_and_events(tmp_path: pathlib.Path, monkeypatch: pyte
         ("eval/bits_per_byte", 10): 2.25,
         ("perf/steps_per_second", 20): 2.0,
         ("perf/tokens_per_second", 20): 128.0,
+        ("perf/input_wait", 20): pytest.approx(0.1),
+        ("perf/evaluation", 20): pytest.approx(50 / 60),
+        ("perf/saving", 20): pytest.approx(5 / 60),
     }
     assert list(texts.values()) == [(20, "once upon a time")]
 
@@ -145,7 +163,7 @@ def test_plain_lines_come_at_intervals(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(monkeypatch)
-    with Tracker(tmp_path, total=50, tokens_per_step=1000, tensorboard=False) as tracker:
+    with Tracker(tmp_path, total=50, tokens_per_step=1000, sinks=()) as tracker:
         for step in range(10, 51, 10):
             tracker.log(step, {"train/loss": 4.0})
             clock.now += 4
@@ -160,7 +178,7 @@ def test_plain_lines_come_at_intervals(
         "[done]",
     ]
     assert not (tmp_path / "tensorboard").exists()
-    with Tracker(tmp_path, total=50, quiet=True, tensorboard=False) as tracker:
+    with Tracker(tmp_path, total=50, quiet=True, sinks=()) as tracker:
         tracker.log(1, {"train/loss": 1.0})
         tracker.note("hidden")
     assert capsys.readouterr().out == ""
@@ -172,7 +190,7 @@ def test_a_terminal_gets_one_live_line(tmp_path: pathlib.Path, monkeypatch: pyte
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     clock = Clock(monkeypatch)
-    with Tracker(tmp_path, total=7200, tokens_per_step=8, tensorboard=False) as tracker:
+    with Tracker(tmp_path, total=7200, tokens_per_step=8, sinks=()) as tracker:
         for step in (1, 2, 3):
             tracker.log(step, {"train/loss": 9.0 - step})
             clock.now += 2
@@ -212,9 +230,67 @@ def test_utilisation_where_the_peak_is_known(tmp_path: pathlib.Path, monkeypatch
     monkeypatch.setattr(tracking.jax, "devices", lambda: [Device()] * 4)
     monkeypatch.setattr(tracking.jax, "device_count", lambda: 4)
     clock = Clock(monkeypatch)
-    with Tracker(tmp_path, total=9, tokens_per_step=1e6, flops_per_token=6e8, quiet=True, tensorboard=False) as tracker:
+    with Tracker(tmp_path, total=9, tokens_per_step=1e6, flops_per_token=6e8, quiet=True, sinks=()) as tracker:
         tracker.log(1, {"train/loss": 1.0})
         clock.now += 1
         tracker.log(2, {"train/loss": 1.0})
     # 1e6 tokens/s x 6e8 operations over 4 x 312e12.
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["perf/mfu"] == pytest.approx(6e14 / (4 * 312e12))
+
+
+# --- Weights & Biases -----------------------------------------------------------------------------------------------
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    settings = WandB(project="words", entity="us", group="g", tags=("a", "b"), mode="offline")
+    config = {"train": {"steps": 9}}
+    ids = []
+    for start, code in ((0, 1), (4, 0)):
+        service.calls.clear()
+        try:
+            sink = WandBSink(settings, tmp_path, name="tiny", config=config)
+            with Tracker(tmp_path, start=start, total=9, quiet=True, sinks=[sink]) as tracker:
+                tracker.log(5, {"eval/loss": 2.5, "eval/bad": math.inf})
+                tracker.text(5, "sample", "the fox")
+                if code:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        (_, given), *rest = service.calls
+        ids.append(given.pop("id"))
+        assert given == {
+            "project": "words", "entity": "us", "name": "tiny", "group": "g", "tags": ("a", "b"), "mode": "offline",
+            "resume": "allow", "dir": str(tmp_path), "config": config, "settings": {"console": "off", "silent": False},
+        }  # fmt: skip
+        assert rest == [
+            ("define", ("step", {"hidden": True})),
+            ("define", ("*", {"step_metric": "step"})),
+            ("log", {"step": 5, "eval/loss": 2.5, "eval/bad": math.inf}),
+            ("finish", code),
+        ]
+    assert service.summary == {"sample": "the fox"}
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text().strip()
+    assert not (tmp_path / "tensorboard").exists()
+
+    (tmp_path / "other").mkdir()
+    WandBSink(replace(settings, name="mine"), tmp_path / "other", name="tiny", config={})
+    assert service.calls[-3][1]["name"] == "mine"
+    assert service.calls[-3][1]["id"] != ids[0]
+
+
+def test_wandb_that_is_missing_or_refuses(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"train\.wandb is set and.*pip install 'lmobj\[track\]'"):
+        WandB().check()
+    service = FakeWandB()
+    service.refusal = "api_key not configured\n(no-tty)"
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    WandB().check()
+    with pytest.raises(
+        UserError, match=r"refused the run: api_key not configured \(no-tty\) Log in with `wandb login`"
+    ):
+        WandBSink(WandB(), tmp_path, name="tiny", config={})
+    with pytest.raises(UserError, match=r'train\.wandb\.project is ""'):
+        WandB(project="")

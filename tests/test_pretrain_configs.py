@@ -1,0 +1,128 @@
+"""Every file of configs/pretrain: its training step compiles for eight devices from shapes alone, and is spread well.
+
+    pytest -n 0 -s tests/test_pretrain_configs.py      prints what each takes on a device
+
+Attention is compiled as `xla`, since cuDNN's is for GPUs alone; batch and microbatches are the config's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lmobj import config
+from lmobj.train.assemble import Design, assemble, batch_shapes, design
+from lmobj.train.plan import Plan, make_plan, planned_vocabulary, shard_bytes
+from lmobj.train.sharding import MeshConfig, make_mesh
+from tests.train.tiny_runs import experiment, write_corpus
+
+FILES = sorted((pathlib.Path(__file__).parent.parent / "configs" / "pretrain").glob("*.yaml"))
+DEVICES = 8
+DEVICE_BYTES = 80 * 2**30
+"""Of the accelerators that the configs' microbatches are made for."""
+
+
+@functools.cache
+def planned(path: pathlib.Path) -> tuple[Design, Plan]:
+    """A config's design and plan on the mesh that it asks for."""
+    loaded = config.load(path)
+    if getattr(loaded.model, "attention_backend", "xla") != "xla":
+        loaded = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, attention_backend="xla"))
+    made = design(loaded, planned_vocabulary(loaded.data.tokenizer), mesh=make_mesh(loaded.train.mesh))
+    return made, make_plan(made)
+
+
+def gathered_shapes(text: str) -> set[tuple[int, ...]]:
+    """Shapes that any all-gather in a compiled program yields, without axes of length 1, in no order."""
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
+    return {_bare(tuple(int(n) for n in shape.split(",") if n)) for shape in shapes}
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_compiles_from_shapes_and_fits(path: pathlib.Path) -> None:
+    made, plan = planned(path)
+    settings = made.config
+    print(
+        f"\n{path.stem}: {made.parameter_count / 1e6:,.0f}M parameters, {settings.train.batch_size} x "
+        f"{settings.data.length} tokens in {settings.train.accumulate} microbatches on {dict(made.mesh.shape)}\n"
+        f"  a device: {plan}; compiled in {plan.compile_seconds:.1f} s"
+    )
+    assert made.mesh.size == DEVICES
+    # The compiler's own count of what goes in and stays: state and batch, each device its shard.
+    arguments = plan.compiled.memory_analysis().argument_size_in_bytes
+    assert arguments == pytest.approx(plan.parameters + plan.optimizer + plan.other, rel=1e-3)
+    assert plan.total < DEVICE_BYTES, f"raise train.accumulate of {path.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_device_holds_what_the_mesh_divides(path: pathlib.Path) -> None:
+    made, plan = planned(path)
+    assert made.replicated == ()
+    ways = math.prod(made.mesh.shape[axis] for axis in ("fsdp", "tensor"))
+    whole = 4 * made.parameter_count
+    # Biases, norms and tables of positions may stay whole: a hundredth at these sizes.
+    assert whole / ways <= plan.parameters <= whole / ways + whole / 100
+    assert plan.optimizer == pytest.approx(2 * plan.parameters, rel=1e-3), "two moments"
+    # What is gathered is one parameter of one layer at a time: no stack of layers, no hidden states, no logits.
+    layers = getattr(made.config.model, "layers", 0)
+    parameters = {_bare(x.shape) for x in jax.tree.leaves(made.abstract_state.params)}
+    parameters |= {_bare(x.shape[1:]) for x in jax.tree.leaves(made.abstract_state.params) if x.shape[0] == layers}
+    stacks = {
+        _bare(x.shape) for x in jax.tree.leaves(made.abstract_state.params) if x.shape[0] == layers and x.ndim > 2
+    }
+    assert gathered_shapes(plan.compiled.as_text() or "") <= parameters - stacks
+
+
+def test_the_published_sizes() -> None:
+    # Millions: BERT's papers count 110 and 340, rounded; GPT-2's four are in the names; TinyLlama 1.1 and Llama 3 8.0
+    # billion. Biases and padding of the vocabulary stay within 2%.
+    published = {"bert_base": 110, "bert_large": 335, "gpt2_124m": 124, "gpt2_355m": 355, "gpt2_774m": 774}
+    published |= {"gpt2_1.5b": 1558, "decoder_1b": 1100, "decoder_8b": 8030}
+    for path in FILES:
+        if path.stem in published:
+            assert planned(path)[0].parameter_count / 1e6 == pytest.approx(published[path.stem], rel=0.02), path.stem
+
+
+def test_a_gather_of_hidden_states_is_seen() -> None:
+    # The partitioner must gather rows here; the search of the test above finds it, whatever the layout is called.
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    hidden = jax.ShapeDtypeStruct((16, 6, 4), np.float32, sharding=rows)
+    text = jax.jit(lambda x: x * 2, out_shardings=everywhere).lower(hidden).compile().as_text()
+    assert gathered_shapes(text or "") == {(4, 6, 16)}
+
+
+def test_a_share_of_an_array() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    # 3 x 8 floats over 4 devices: 3 x 2 x 4 bytes; a whole vector of 5 half-precision numbers: 10 bytes.
+    tree: Any = {"a": jax.ShapeDtypeStruct((3, 8), np.float32, sharding=spread)}
+    tree["b"] = jax.ShapeDtypeStruct(
+        (5,), np.float16, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    assert shard_bytes(tree) == 24 + 10
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])
+def test_a_design_expects_the_batches_that_the_data_gives(tmp_path: pathlib.Path, kind: Any) -> None:
+    run = assemble(experiment(write_corpus(tmp_path / "corpus.txt"), "unused", kind), quiet=True)
+    (batch,) = run.batches("train", steps=1)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        name: (x.shape, x.dtype) for name, x in batch_shapes(run.rows, run.config.train.batch_size).items()
+    }
+    alone = design(run.config, planned_vocabulary(run.config.data.tokenizer))
+    assert alone.vocab == run.dataset.vocab
+    assert alone.abstract_state == run.abstract_state
