@@ -176,7 +176,7 @@ class _Loader(yaml.SafeLoader):
         return self.construct_mapping(node, deep=True)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # PyYAML leaves what was merged beside what is given; at several levels that is exponentially much.
+        # PyYAML leaves what was merged beside what is given, which would look like a key given twice.
         self.check_keys(node)
         super().flatten_mapping(node)
         node.value = list({key_node.value: (key_node, value_node) for key_node, value_node in node.value}.values())

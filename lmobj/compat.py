@@ -1,12 +1,13 @@
-"""What differs between the jax lines that lmobj supports (0.10 and 0.11), in one place."""
+"""What differs between the jax lines that lmobj supports (0.10 and 0.11), or may: all uses of jax's private names."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-__all__ = ["cast_varying", "vary_together", "varying_axes"]
+__all__ = ["Coordination", "cast_varying", "coordination", "detect_cluster", "vary_together", "varying_axes"]
 
 T = TypeVar("T")
 
@@ -43,3 +44,33 @@ def vary_together(*trees: T) -> tuple[T, ...]:
     """`trees` with every array marked as differing over each manual axis that any one of them differs over."""
     axes = varying_axes(trees)
     return tuple(cast_varying(tree, axes) for tree in trees)
+
+
+class Coordination(NamedTuple):
+    """This process among those that `jax.distributed` has joined, and the service's client, a key-value store."""
+
+    process: int
+    processes: int
+    client: Any
+
+
+def coordination() -> Coordination | None:
+    """What `jax.distributed.initialize` has set up, if it has; the key-value store has no public name."""
+    if not jax.distributed.is_initialized():
+        return None
+    from jax._src.distributed import global_state
+
+    return Coordination(global_state.process_id, global_state.num_processes, global_state.client)
+
+
+def detect_cluster(
+    coordinator: str | None, processes: int | None, process: int | None, timeout: int
+) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+    """What is not given, as `jax.distributed.initialize` would read it from the cluster, and this process's devices.
+
+    There is no public way to ask without starting. Raises RuntimeError where a cluster does not answer.
+    """
+    from jax._src.clusters import ClusterEnv
+
+    found: Any = ClusterEnv.auto_detect_unset_distributed_params(coordinator, processes, process, None, None, timeout)
+    return found

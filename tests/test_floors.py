@@ -83,6 +83,7 @@ def test_imports_go_down_only(path: pathlib.Path) -> None:
     room = _room(path)
     for name, line in _imports(path):
         parts = name.split(".")
+        assert parts[:2] != ["jax", "_src"] or room == "compat", f"{path}:{line}: {name} is private; compat.py asks jax"
         if parts[0] == "lmobj":
             target = parts[1] if len(parts) > 1 else ""
             assert room, f"{path}:{line}: lmobj/__init__.py imports {name}; it holds the version alone"

@@ -158,7 +158,7 @@ def test_damage_changes_the_content_and_can_be_repeated() -> None:
         ("x: " + "[" * 120 + "]" * 120, "nested too deeply"),
         ("a0: &a0 [x, y]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 30)), "100000 values"),
         ("a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{b: *a{i - 1}}}\n" for i in range(1, 120)), "nested too deeply"),
-        ('base: "a\\0b"', "base is \"a\\0b\", and 'a\\x00b' cannot be the path of a file"),
+        ('base: "a\\0b"', "a\\x00b' cannot be the path of a file"),
         ('base: "\\ud800"', "cannot be the path of a file"),
     ],
 )  # fmt: skip
@@ -169,12 +169,10 @@ def test_yaml_that_used_to_be_a_traceback(tmp_path: pathlib.Path, text: str, par
     assert part in str(error.value)
 
 
-def test_merged_keys_do_not_multiply() -> None:
-    """9**30 copies of one key would come of it, were each merge to keep what the one before it has."""
-    lines = ["a0: &a0 {x: 1, y: 2}"]
-    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}], y: {i}}}" for i in range(1, 31)]
-    values = _yaml.parse("\n".join(lines), "f.yaml").values
-    assert values["a30"] == {"x": 1, "y": 30}
+def test_a_mapping_that_is_merged_and_merges_has_its_keys_once() -> None:
+    """PyYAML leaves both values of x in the inner mapping, which then looked like a key given twice."""
+    values = _yaml.parse("a: {<<: &inner {<<: {x: 1, y: 1}, x: 2}, y: 3}\nb: *inner", "f.yaml").values
+    assert values == {"a": {"x": 2, "y": 3}, "b": {"x": 2, "y": 1}}
 
 
 def test_an_endless_device_and_a_huge_file_are_no_configs(tmp_path: pathlib.Path) -> None:

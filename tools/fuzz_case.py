@@ -23,7 +23,7 @@ class Case:
     names: tuple[str, ...] = ()
     """What the refusal must name, such as the key."""
     own_words: bool = True
-    """The refusal is lmobj's own, `lmobj: ...` on one line; otherwise the usage message of the option parser may come."""
+    """The refusal is lmobj's own, `lmobj: ...` on one line; otherwise the option parser's usage message may come."""
     repair: Callable[[], None] | None = None
     """Makes the input good again; the same command must then be done, so a refusal must leave nothing in its way."""
     may_leave: tuple[str, ...] = ()

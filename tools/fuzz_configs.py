@@ -325,8 +325,17 @@ def whole_file(draw: Random, folder: Path) -> Case:
         "base: URL": "base: https://example.org/x.yaml\n" + good,
         "base: surrogate": 'base: "\\ud800"\n' + good,
     }
-    what = draw.choice((*files, "folder", "absent", "dangling link", "link to itself", "chain", "under a file", "device",
-                        "cycle of bases", "bad base"))  # fmt: skip
+    others = (
+        "folder",
+        "absent",
+        "dangling link",
+        "link to itself",
+        "chain",
+        "under a file",
+        "device",
+        "cycle of bases",
+    )
+    what = draw.choice((*files, *others, "bad base"))
     argv = _CHECK
     if what in files:
         content = files[what]

@@ -157,8 +157,8 @@ def _run() -> Path:
 
 
 _USES = (
-    ("eval", "run"), ("eval", "run", "--split", "test", "--json"), ("eval", "run", "--best"), ("resume", "run", "--quiet"),
-    ("generate", "run", "--prompt", "the", "--tokens", "4"),
+    ("eval", "run"), ("eval", "run", "--split", "test", "--json"), ("eval", "run", "--best"),
+    ("resume", "run", "--quiet"), ("generate", "run", "--prompt", "the", "--tokens", "4"),
 )  # fmt: skip
 
 
@@ -195,20 +195,24 @@ _NO_NUMBERS = ("-1", "nan", "-inf", "x", "")
 _OPTIONS: tuple[tuple[str, ...], ...] = (
     ("train",), ("eval", "run", "--split", "dev"), ("eval", "run", "--split"), ("eval", "bad.yaml"), ("eval", "."),
     *(("train", "bad.yaml", *options) for options in (
-        ("--processes", "0"), ("--processes", "-3"), ("--processes", "two"), ("--process", "1"), ("--coordinator", "nowhere"),
+        ("--processes", "0"), ("--processes", "-3"), ("--processes", "two"), ("--process", "1"),
+        ("--coordinator", "nowhere"),
         ("--join-timeout", "nan"), ("--heartbeat", "0"), ("--distributed", "--process", "-1"),
         ("--coordinator", "a:1", "--processes", "2", "--process", "2"),
         ("--coordinator", "a:99999999", "--processes", "1", "--process", "0"),
     )),
     *(("resume", "run", change) for change in (
-        "train.steps=9", "data.length=8", "model.width=16", "nonsense=1", "train.mesh.data=7", "objective.name=masked_lm",
+        "train.steps=9", "data.length=8", "model.width=16", "nonsense=1", "train.mesh.data=7",
+        "objective.name=masked_lm",
     )),
-    ("resume", "text.txt"), ("train", "bad.yaml"), ("fill", "run"), ("fill", "run", "no mask"), ("fill", "run", "a [MASK]"),
+    ("resume", "text.txt"), ("train", "bad.yaml"), ("fill", "run"), ("fill", "run", "no mask"),
+    ("fill", "run", "a [MASK]"),
     ("fill", "run", "[MASK]", "--top", "0"), ("generate", "run"),
     *(("generate", "run", "--prompt", "the", option, value) for option in _NUMERIC for value in _NO_NUMBERS),
     *(("generate", "run", "--prompt", "the", *options) for options in (
         ("--beam", "0"), ("--tokens", "0"), ("--samples", "0"), ("--beam", "2", "--top-k", "3"), ("--seed", "x"),
-        ("--length-penalty", "1"), ("--top-p", "1.5"), ("--repetition-penalty", "0"), ("--tokens", "99999999999999999999"),
+        ("--length-penalty", "1"), ("--top-p", "1.5"), ("--repetition-penalty", "0"),
+        ("--tokens", "99999999999999999999"),
     )),
 )  # fmt: skip
 

@@ -243,8 +243,8 @@ def stored(folder: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 
 def experiments() -> Iterator[Any]:
     """A decoder on packed rows and an encoder on the same, each on Python's documentation."""
-    from tools.measure_exactness import adjusted
-    from tools.measure_exactness import experiments as both
+    from measure_exactness import adjusted
+    from measure_exactness import experiments as both
 
     for config in both():
         yield adjusted(

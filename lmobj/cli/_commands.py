@@ -109,6 +109,7 @@ def evaluate(
     if as_json:
         print(json.dumps(metrics))
     else:
+        _tell_weights(experiment)
         _print_table(("metric", split), [(name, f"{value:.6g}") for name, value in sorted(metrics.items())])
 
 
@@ -153,7 +154,9 @@ def generate(
         },
         {"max_new_tokens": max_new_tokens, "num_samples": num_samples},
     )
-    trained = open_run(on_one_device(_experiment(run)), best=best)
+    experiment = _experiment(run)
+    trained = open_run(on_one_device(experiment), best=best)
+    _tell_weights(experiment)
     texts = trained.continue_text(prompt, chosen)
     print_continuations(prompt, texts, trained.tokenizer, logprobs=logprobs)
     if summary:
@@ -173,7 +176,10 @@ def fill(
     from lmobj.cli._decoding import print_fillings
     from lmobj.train.trained import on_one_device, open_run
 
-    print_fillings(*open_run(on_one_device(_experiment(run)), best=best).fill_text(text, top))
+    experiment = _experiment(run)
+    trained = open_run(on_one_device(experiment), best=best)
+    _tell_weights(experiment)
+    print_fillings(*trained.fill_text(text, top))
 
 
 @app.command(rich_help_panel="Configs")
@@ -184,9 +190,9 @@ def prepare(
         bool,
         typer.Option("--beam", help="In a Beam pipeline; its options follow after --, as --runner=FlinkRunner."),
     ] = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
 ) -> None:
-    """Clean and tokenise the data of a config, which training does otherwise, and print what it holds.
+    """Clean and tokenise the data of a config, which training would do first, and print what it holds.
 
     Example: lmobj prepare configs/quickstart.yaml --beam -- --runner=DirectRunner
     """
@@ -257,6 +263,12 @@ def _experiment(run: str, overrides: Sequence[str] = ()) -> Experiment:
     folder = RunFolder(run)
     folder.check_exists()
     return dataclasses.replace(load(folder.config, overrides), run=run)
+
+
+def _tell_weights(experiment: Experiment) -> None:
+    """Says on stderr, away from what is printed, that these are not the weights themselves, if so."""
+    if experiment.train.ema is not None:
+        print(experiment.train.ema.note, file=sys.stderr)
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

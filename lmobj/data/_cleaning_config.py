@@ -144,6 +144,17 @@ class CleaningConfig:
         return tuple(step for step, on in asked.items() if on)
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages that carry out these steps, so that their versions decide the text."""
+        used = {
+            "html": ("selectolax",),
+            "language": ("py3langid",),
+            "stop_words": ("stopwordsiso", "rjieba"),
+            "near_duplicates": ("datasketch",),
+        }
+        return tuple(package for step in self.steps for package in used.get(step, ()))
+
+    @property
     def finds_duplicates(self) -> bool:
         """Whether documents must be compared with each other, which takes a pass of its own."""
         return self.exact_duplicates or self.near_duplicates is not None
@@ -168,6 +179,12 @@ class SegmentationConfig:
         check_choice("data.segment.sentences", self.sentences, ("rule", "sentencex"))
         check_choice("data.segment.words", self.words, ("basic", "jieba"))
         _check_codes("data.segment.language", (self.language,))
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages that find the boundaries, so that their versions decide them."""
+        asked = {"sentencex": self.sentences == "sentencex", "rjieba": self.words == "jieba"}
+        return tuple(package for package, on in asked.items() if on)
 
 
 def _check_codes(key: str, codes: tuple[str, ...]) -> None:

@@ -46,6 +46,8 @@ class Corpus:
     identity: dict[str, object]
     """What the documents are made of, in JSON: settings and digests of the inputs."""
     groups: tuple[Group, ...]
+    key: str
+    """The setting that holds the source, for messages."""
 
     @property
     def size(self) -> int:

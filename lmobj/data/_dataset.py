@@ -72,7 +72,8 @@ class Dataset:
 
         - `skipped`: input files or rows that could not be read
         - `splits`: in each the documents, tokens and bytes of text
-        - `cleaning`: per step the documents changed and dropped, and the bytes removed
+        - `cleaning`: per step the documents changed and dropped, and the bytes removed; under `tokenizer` those
+          that a loaded model normalises to nothing
         - `classes`: names of the classes, where documents are labelled with them
 
         and under `sources` the same of each source by its name (that of a single one is empty), with its `weight`.

@@ -23,23 +23,24 @@ def finish(
     folder: Path,
     records: Sequence[dict[str, Any]],
     settings: dict[str, Any],
-    fingerprint: str,
     cleaning_steps: Sequence[str],
+    key: str,
 ) -> None:
     """Joins the index arrays of a corpus's parts, and writes manifest.json.
 
     Args:
       folder: what `WriteShards` filled.
       records: the parts' records in order.
-      settings: what decided the data; kept in the manifest.
-      fingerprint: names the data.
+      settings: what decided the data; kept in the manifest, and their digest is the fingerprint.
       cleaning_steps: the steps that were switched on, in order.
+      key: the setting that holds the source, for messages.
 
     Raises:
       UserError: no document fell into the training split.
     """
     if not any("train" in record["splits"] for record in records):
-        raise no_training_text(sum(split["documents"] for record in records for split in record["splits"].values()))
+        documents = sum(split["documents"] for record in records for split in record["splits"].values())
+        raise no_training_text(documents, key)
     classes = sorted({name for record in records for name in record["classes"]})
     cleaning: Counts = {step: {"changed": 0, "dropped": 0, "bytes": 0} for step in cleaning_steps}
     for record in records:
@@ -61,7 +62,7 @@ def finish(
             files[name] = {"size": (folder / name).stat().st_size, "digest": digest_file(folder / name)}
     manifest = {
         "format": settings["format"],
-        "fingerprint": fingerprint,
+        "fingerprint": digest_json(settings),
         "settings": settings,
         "splits": splits,
         "files": files,
@@ -81,16 +82,16 @@ def sweep(folder: Path) -> None:
             path.unlink()
 
 
-def no_training_text(documents: int) -> UserError:
+def no_training_text(documents: int, key: str = "data.source") -> UserError:
     """The error for a corpus without documents, or with none to train on."""
     if documents == 0:
         return UserError(
-            "data.source holds no text but blanks, or data.clean leaves none of it; accepted: at least one document "
-            "with text in it."
+            f"{key} holds no text but blanks, or data.clean (or a model that normalises, as data.tokenizer.path may "
+            "name) leaves none of it; accepted: at least one document with text in it."
         )
     return UserError(
-        f"data.source has {documents} documents, none of which fell into the training split; accepted: more documents "
-        "(data.source.documents: blocks divides files at blank lines), or smaller data.validation and data.test."
+        f"{key} has {documents} documents, none of which fell into the training split; accepted: more documents "
+        f"({key}.documents: blocks divides text files at blank lines), or smaller data.validation and data.test."
     )
 
 

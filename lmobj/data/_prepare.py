@@ -7,9 +7,10 @@
     <cache>/data/<key>.lock          held by the process that builds
 
 Each source of a mixture is prepared on its own, with the tokenizer that all share. The key is a digest of the inputs'
-content, the settings and the tokenizer; so is the fingerprint: two data sets with one fingerprint hold the same
-tokens. A folder is complete when it has its final name: it is built under another and renamed. In the same way each
-part of a corpus is complete once its .json file stands beside its shards.
+content, the settings (with the versions of the packages that clean and segment) and the tokenizer; so is the
+fingerprint: two data sets with one fingerprint hold the same tokens. A folder is complete when it has its final name:
+it is built under another and renamed. In the same way each part of a corpus is complete once its .json file stands
+beside its shards.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmobj.data._cleaning import Cleaner
+from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
 from lmobj.data._config import DataConfig
 from lmobj.data._corpus import Corpus
 from lmobj.data._dataset import Dataset
+from lmobj.data._extras import versions
 from lmobj.data._finish import finish, sweep
 from lmobj.data._parts import Work, digest_json, temporary_name
 from lmobj.data._runner import Runner, WorkerEndedError, run_here
@@ -139,7 +142,7 @@ class _Preparation:
             "format": _FORMAT,
             "source": corpus.identity,
             "tokenizer": tokenizer.fingerprint,
-            "segment": dataclasses.asdict(self._config.segment),
+            "segment": _settings(self._config.segment),
         }
         key = digest_json(settings)
         folder = self._cache / "data" / key
@@ -152,8 +155,8 @@ class _Preparation:
 
     def _text_settings(self) -> dict[str, Any]:
         """All that decides which text there is in which split, but the source."""
-        clean = dataclasses.asdict(self._config.clean)
-        return {"validation": self._config.validation, "test": self._config.test, "clean": clean}
+        config = self._config
+        return {"validation": config.validation, "test": config.test, "clean": _settings(config.clean)}
 
     def _selection(self, corpus: Corpus) -> Selection:
         """What is kept of a corpus. Finds its duplicates first, if they are to be dropped."""
@@ -162,7 +165,7 @@ class _Preparation:
         selection = Selection(self._config.validation, self._config.test, clean)
         if not clean.finds_duplicates:
             return selection
-        settings = {"format": _FORMAT, "source": corpus.identity, "clean": dataclasses.asdict(clean)}
+        settings = {"format": _FORMAT, "source": corpus.identity, "clean": _settings(clean)}
         path = self._cache / "duplicates" / f"{digest_json(settings)}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock"), self._quiet):
@@ -179,7 +182,7 @@ class _Preparation:
             _save(tokenizer, partial / "tokenizer.model")
             work = WriteShards(self._selection(corpus), self._config.segment, partial)
             records = list(self._tracked("tokenising", corpus, work))
-            finish(partial, records, settings, digest_json(settings), self._config.clean.steps)
+            finish(partial, records, settings, self._config.clean.steps, corpus.key)
         except WorkerEndedError:
             raise
         except UserError:
@@ -196,6 +199,13 @@ class _Preparation:
                 self._progress.advance(task, done.read)
                 yield done.result
         self._progress.remove_task(task)
+
+
+def _settings(config: CleaningConfig | SegmentationConfig) -> dict[str, Any]:
+    """The settings, and the versions of the packages that carry them out, which may do it otherwise from one to the
+    next."""
+    settings = dataclasses.asdict(config)
+    return settings | {"versions": versions(config.packages)} if config.packages else settings
 
 
 def _load_tokenizer(config: DataConfig) -> Tokenizer:

@@ -12,7 +12,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any
@@ -40,6 +40,7 @@ def open_records(source: RecordSource, workers: int, key: str = "data.source") -
     return Corpus(
         _identity(source, [entry.digest for entry in inputs]),
         tuple(FileRecords(source, key, group) for group in grouped(inputs)),
+        key,
     )
 
 
@@ -200,7 +201,8 @@ def _open_tfds(source: TfdsSource, workers: int, key: str) -> Corpus:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(source.builder, data_dir=source.data_dir)
+        with redirect_stdout(io.StringIO()):  # where TFDS tells at length that it misses TensorFlow
+            builder = tfds.builder(source.builder, data_dir=source.data_dir)
     except Exception as error:  # TFDS has a dozen kinds, for names as for files that are damaged or missing
         raise UserError(
             f"{key}.builder is {source.builder!r}, which TFDS does not find in {source.data_dir or 'its folder'} "
@@ -223,7 +225,7 @@ def _open_tfds(source: TfdsSource, workers: int, key: str) -> Corpus:
     count = max(1, -(-size // GROUP_BYTES))
     bounds = [rows * group // count for group in range(count + 1)]
     groups = tuple(TfdsRecords(source, key, digest, bounds[i], bounds[i + 1], size // count) for i in range(count))
-    return Corpus(_identity(source, [digest]), groups)
+    return Corpus(_identity(source, [digest]), groups, key)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ not survive, and without running the user's script again. The result does not de
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -24,6 +25,9 @@ R = TypeVar("R")
 
 _ALONE_BYTES = 8 * 1024 * 1024
 """Inputs up to this size are worked on in this process: starting others would take longer."""
+
+_EXIT_CODE = re.compile(r"\w+\(-?\d+\)")
+"""How loky tells how its workers ended, as SIGKILL(-9)."""
 
 
 class WorkerEndedError(UserError):
@@ -57,6 +61,7 @@ def _run_in_processes(corpus: Corpus, work: Work[R], workers: int) -> Generator[
 
     executor = ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),))
     flight: deque[Done[R] | tuple[Future[R], int]] = deque()
+    complete = False
     try:
         for part in pending(corpus, work):
             flight.append((executor.submit(work, part), part.read) if isinstance(part, Part) else part)
@@ -65,13 +70,15 @@ def _run_in_processes(corpus: Corpus, work: Work[R], workers: int) -> Generator[
                 yield _landed(flight.popleft())
         while flight:
             yield _landed(flight.popleft())
+        complete = True
     except TerminatedWorkerError as error:
         raise WorkerEndedError(
-            f"data.workers is {workers}, and one of these processes was ended from outside ({error}), most often for "
-            "want of memory; accepted: fewer workers. What is finished will be used again."
+            f"data.workers is {workers}, and one of these processes was ended from outside "
+            f"({', '.join(_EXIT_CODE.findall(str(error)))}), most often for want of memory; accepted: fewer workers. "
+            "What is finished will be used again."
         ) from error
     finally:
-        executor.shutdown(kill_workers=bool(flight))
+        executor.shutdown(kill_workers=not complete)
 
 
 def _landed(entry: Done[R] | tuple[Future[R], int]) -> Done[R]:

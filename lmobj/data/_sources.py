@@ -52,7 +52,7 @@ def _open_text(source: TextFiles, workers: int, key: str) -> Corpus:
         "errors": source.errors,
         "inputs": [entry.digest for entry in inputs],
     }
-    return Corpus(identity, tuple(TextGroup(source, key, group) for group in grouped(inputs)))
+    return Corpus(identity, tuple(TextGroup(source, key, group) for group in grouped(inputs)), key)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def open_stdlib(root: Path, workers: int, key: str = "data.source") -> Corpus:
         "name": "stdlib",
         "inputs": [f"{name}:{entry.digest}" for name, entry in zip(names, inputs, strict=True)],
     }
-    return Corpus(identity, (StdlibGroup(root, key, tuple(inputs)),))
+    return Corpus(identity, (StdlibGroup(root, key, tuple(inputs)),), key)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ _CHUNK = 1024
 changes nothing; but the unigram model adds up float32 scores, which run out of precision in a text of megabytes."""
 _TERMINATORS = ".!?"
 _WIDE_TERMINATORS = "。！？"  # noqa: RUF001
+_NEWLINE, _OPENS_SPACE, _TERMINATED, _WIDE_TERMINATED = 1, 2, 4, 8
+"""Kinds of pieces: of newlines alone; beginning with whitespace; ending in one of the terminators, or the wide ones."""
 
 
 class Tokenizer:
@@ -182,11 +184,11 @@ class Tokenizer:
         and after a token that ends in a full-width 。！？ (which must have a piece: its bytes do not count). Newlines
         belong to the sentence before them.
         """
-        newline, space, soft, hard = self._sentence_tables
-        before, after = tokens[:-1], tokens[1:]
-        ends = newline[before] | (soft[before] & space[after]) | (hard[before] & ~hard[after])
-        ends &= ~newline[after]
-        return np.append(np.flatnonzero(ends) + 1, len(tokens)).astype(np.int32)
+        kinds = self._sentence_kinds[tokens]
+        ends = np.flatnonzero(_ENDS_SENTENCE[kinds[:-1] << 4 | kinds[1:]])
+        found = np.empty(len(ends) + 1, np.int32)
+        found[:-1], found[-1] = ends + 1, len(tokens)
+        return found
 
     def _piece_id(self, *names: str) -> int | None:
         """Id of the first of these pieces that the model has; unknown pieces would come back as <unk>."""
@@ -247,13 +249,31 @@ class Tokenizer:
         return np.array(opens), np.array(closes)
 
     @cached_property
-    def _sentence_tables(self) -> tuple[NDArray[np.bool_], ...]:
-        edges = [("", "") if edge is None else edge for edge in self._edges]
-        newline = [text is not None and len(text) > 0 and not text.strip(b"\n") for text in self._surface]
-        space = [first.isspace() for first, _ in edges]
-        soft = [last != "" and last in _TERMINATORS for _, last in edges]
-        hard = [last != "" and last in _WIDE_TERMINATORS for _, last in edges]
-        return np.array(newline), np.array(space), np.array(soft), np.array(hard)
+    def _sentence_kinds(self) -> NDArray[np.uint8]:
+        """[V]: what a piece has to do with the ends of sentences, as bits of `_NEWLINE`, `_OPENS_SPACE`, ..."""
+        kinds = []
+        for text, edge in zip(self._surface, self._edges, strict=True):
+            first, last = edge or ("", "")
+            kinds.append(
+                _NEWLINE * (text is not None and text != b"" and not text.strip(b"\n"))
+                | _OPENS_SPACE * first.isspace()
+                | _TERMINATED * (last != "" and last in _TERMINATORS)
+                | _WIDE_TERMINATED * (last != "" and last in _WIDE_TERMINATORS)
+            )
+        return np.array(kinds, np.uint8)
+
+
+def _ends_sentence(before: int, after: int) -> bool:
+    """Whether a sentence ends between two tokens of these kinds; see `Tokenizer.sentence_ends`."""
+    if after & _NEWLINE:
+        return False
+    spaced = before & _TERMINATED and after & _OPENS_SPACE
+    wide = before & _WIDE_TERMINATED and not after & _WIDE_TERMINATED
+    return bool(before & _NEWLINE or spaced or wide)
+
+
+_ENDS_SENTENCE = np.array([_ends_sentence(pair >> 4, pair & 15) for pair in range(256)])
+"""`_ends_sentence` by (before << 4 | after)."""
 
 
 def train_tokenizer(config: SentencePieceConfig, texts: Iterable[str]) -> Tokenizer:

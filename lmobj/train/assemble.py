@@ -31,6 +31,7 @@ from lmobj.models import ModelBuilder
 from lmobj.objectives import Objective, Role
 from lmobj.train import distributed
 from lmobj.train.config import TrainConfig
+from lmobj.train.guard import GUARD
 from lmobj.train.optimizers import make_optimizer
 from lmobj.train.run_folder import differing_keys
 from lmobj.train.schedules import make_schedule
@@ -100,17 +101,31 @@ class Design:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
 
     def initial_state(self) -> State:
-        """The state at step 0, made under jit so that no device ever holds a whole large parameter."""
-        return initialise(self._init, self.shardings, self.mesh, self.rules)
+        """The state at step 0, made under jit so that no device ever holds a whole large parameter.
+
+        It is waited for: where there is no room for an array, the CPU's backend tells whoever waits for all of them,
+        and leaves waiting forever who reads a single number.
+        """
+        state: State = jax.block_until_ready(initialise(self._init, self.shardings, self.mesh, self.rules))
+        return state
 
     @functools.cached_property
     def train_step(self) -> Callable[[State, Mapping[str, Any]], tuple[State, StepMetrics]]:
-        """One step over a batch, on the host or on the devices already; the state given is consumed."""
+        """One step over a batch, on the host or on the devices already; the state given is consumed.
+
+        The learning rate of the step's first update is among the metrics. The host could reckon it too, but on the
+        device's own queue, and so would wait for the step after.
+        """
         return lambda state, batch: self._run(self._jitted_train_step, state, batch)
 
     @functools.cached_property
     def _jitted_train_step(self) -> Any:
-        return jax.jit(self.program.train_step, donate_argnums=0, out_shardings=(self.shardings, None))
+        def step(state: State, frozen: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[State, StepMetrics]:
+            state, metrics = self.program.train_step(state, frozen, batch)
+            rate = self.learning_rate(metrics[f"{GUARD}updates"][0])
+            return state, {**metrics, "learning_rate": (rate, jnp.ones(()))}
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from lmobj.compat import coordination, detect_cluster
 from lmobj.errors import UserError
 from lmobj.train.roll_call import call_roll, ranges
 
@@ -138,11 +139,9 @@ class Launch:
 
     def _detected(self) -> tuple[Launch, Sequence[int] | None]:
         """What JAX reads from the cluster's environment, and the local devices that it gives to this process."""
-        from jax._src.clusters import ClusterEnv  # there is no public way to ask without starting
-
         try:
-            coordinator, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
-                self.coordinator, self.processes, self.process, None, None, int(self.join_timeout)
+            coordinator, processes, process, devices = detect_cluster(
+                self.coordinator, self.processes, self.process, int(self.join_timeout)
             )
         except RuntimeError as error:
             raise UserError(f"--distributed: the cluster was found, and its processes were not: {error}") from error
@@ -339,10 +338,8 @@ _peers: Peers | None = None
 def peers() -> Peers | None:
     """The other processes; None where there are none."""
     global _peers
-    if _peers is None and jax.distributed.is_initialized():
-        from jax._src.distributed import global_state  # the key-value store has no public name
-
-        _peers = Peers(global_state.process_id, global_state.num_processes, global_state.client)
+    if _peers is None and (joined := coordination()) is not None:
+        _peers = Peers(joined.process, joined.processes, joined.client)
     return _peers
 
 
@@ -451,7 +448,7 @@ def _describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted by Ctrl-C.", 128 + signal.SIGINT
     if isinstance(error, UserError):
-        return str(error), 2
+        return str(error), error.exit_code
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}", 1
 

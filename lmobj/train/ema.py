@@ -38,6 +38,14 @@ class EMA:
         if not 0 <= self.decay < 1:
             raise UserError(f"train.ema.decay is {self.decay}; accepted: 0 or more, and less than 1.")
 
+    @property
+    def note(self) -> str:
+        """What a person should know who looks at the model's figures or texts."""
+        return (
+            "Evaluations, samples and generation use the moving average of the weights (train.ema, decay "
+            f"{self.decay}), not the weights themselves."
+        )
+
     def init(self, params: Any) -> Any:
         """The average before the first update: the weights, in float32 at least, since its changes are small."""
         return jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)

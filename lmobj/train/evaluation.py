@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -42,8 +43,9 @@ class Evaluation:
         For an objective judged by it, `top5_accuracy` on masked words is among them.
         """
         sums: dict[str, NDArray] = defaultdict(lambda: np.zeros(2))
-        for batch in self.run.batches(self.split, steps=batches):
-            for name, pair in jax.device_get(self.run.eval_step(state, batch)).items():
+        steps = (self.run.eval_step(state, batch) for batch in self.run.batches(self.split, steps=batches))
+        for step, _ in itertools.pairwise(itertools.chain(steps, [None])):  # read while the device is at the next one
+            for name, pair in jax.device_get(step).items():
                 sums[name] += np.asarray(pair, np.float64)
         for name, epsilon in self.run.objective.epsilon.items():
             if sums[TERM + name][1] > 0:
@@ -109,14 +111,19 @@ def _cloze_hits(graph: nnx.GraphDef, params: Any, *arrays: Any) -> Any:
     return cloze_hits(nnx.merge(graph, params), *arrays, k=_GUESSES)
 
 
-def readable(pairs: Mapping[str, Any], coefficients: Mapping[str, float]) -> dict[str, float]:
-    """(sum, weight) pairs as numbers, with `loss` (the weighted terms together) and `perplexity` (exp of nll).
+def readable(pairs: Mapping[str, Any], coefficients: Mapping[str, float] | None = None) -> dict[str, float]:
+    """(sum, weight) pairs as numbers, with `perplexity` (exp of nll).
 
     A metric without weight in this batch is left out, and so are the terms where there is but one.
+
+    Args:
+      pairs: the metrics.
+      coefficients: of the terms, to add `loss`, the weighted terms together, where it is missing; None: it is not.
     """
     values = {name: float(total) / float(weight) for name, (total, weight) in pairs.items() if float(weight) > 0}
     terms = {name.removeprefix(TERM): value for name, value in values.items() if name.startswith(TERM)}
-    values.setdefault("loss", sum(coefficients[name] * value for name, value in terms.items()))
+    if coefficients is not None:
+        values.setdefault("loss", sum(coefficients[name] * value for name, value in terms.items()))
     if "nll" in values:
         values["perplexity"] = math.exp(min(values["nll"], 700.0))
     return {name: value for name, value in values.items() if not name.startswith(TERM) or len(terms) > 1}

@@ -70,12 +70,15 @@ def fit(
       Halted: `train.guard` ended the run at a bad batch; nothing was saved after it.
       Stopped: SIGTERM or SIGINT came; the state was saved. Its exit code is 128 + signal.
     """
-    folder = RunFolder(config.run_dir)
     with distributed.agreed("run folder"):
-        if not resume:
-            folder.check_free()
+        folder = RunFolder(config.run_dir)
+        checkpoints = Checkpoints(
+            folder.checkpoints, keep=config.train.keep, best="eval/loss", before_commit=folder.publish
+        )
         if resume:
             folder.check_exists()
+        else:
+            folder.check_free()
         if config.train.wandb is not None:
             config.train.wandb.check()
     run = assemble(config, objective=objective, model=model, quiet=quiet)
@@ -86,14 +89,7 @@ def fit(
             folder.fetch()
         elif distributed.is_first():
             folder.create(run.config_yaml)
-    with (
-        Checkpoints(
-            folder.checkpoints, keep=config.train.keep, best="eval/loss", before_commit=folder.publish
-        ) as checkpoints,
-        distributed.one_fate(),
-        folder.in_use(),
-        memory.explained(run),
-    ):
+    with checkpoints, distributed.one_fate(), folder.in_use(), memory.explained(run):
         state, notes = _first_state(run, folder, checkpoints, resume=resume)
         if distributed.is_first():
             folder.write_json("environment.json", environment())
@@ -102,10 +98,7 @@ def fit(
                 tracker.note(note)
             evaluation = Evaluation(run)
             if config.train.ema is not None:
-                tracker.note(
-                    f"Evaluations, samples and generation use the moving average of the weights (train.ema, decay "
-                    f"{config.train.ema.decay}), not the weights themselves."
-                )
+                tracker.note(config.train.ema.note)
             if not evaluation.has_text:
                 tracker.note("data.validation is 0: no text is held out, so the run is not evaluated.")
             state = _train(run, state, evaluation, folder, checkpoints, tracker)
@@ -115,11 +108,12 @@ def fit(
 
 
 def _rehearse(run: Assembly) -> None:
-    """Traces one batch and looks at the prompts, so that what cannot work is told before anything is written.
+    """Traces one batch and looks at memory and prompts, so that what cannot work is told before anything is written.
 
     Otherwise rows longer than the model reads, say, would show after the run folder was made, and a prompt without a
     mask only once the model was trained.
     """
+    memory.check_state(run)
     (batch,) = run.batches("train", steps=1)
     rows = run.config.train.batch_size  # of which `batch` holds those of this process
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
@@ -217,7 +211,7 @@ def _train(
             return
         (at, metrics), unread = unread, None
         if at == settings.steps or at % settings.log_every == 0:
-            tracker.log(at, _train_line(run, at, metrics))
+            tracker.log(at, _train_line(metrics))
         if Verdict.is_bad(metrics):
             bad_batches.act_on(at, Verdict.read(metrics))
 
@@ -273,9 +267,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _train_line(run: Assembly, step: int, metrics: StepMetrics) -> dict[str, float]:
-    """`train/...` metrics of one step, with the learning rate that its first update was made with."""
-    pairs = jax.device_get(metrics)
-    values = readable({k: v for k, v in pairs.items() if not k.startswith(GUARD)}, run.coefficients(step - 1))
-    values["learning_rate"] = float(run.learning_rate(int(pairs[f"{GUARD}updates"][0])))
-    return {f"train/{name}": value for name, value in values.items()}
+def _train_line(metrics: StepMetrics) -> dict[str, float]:
+    """`train/...` metrics of one step."""
+    pairs = jax.device_get({name: pair for name, pair in metrics.items() if not name.startswith(GUARD)})
+    return {f"train/{name}": value for name, value in readable(pairs).items()}

@@ -1,9 +1,14 @@
-"""Out of memory: which parts of a run take how much of a device, and the cheapest setting that takes less."""
+"""Out of memory: which parts of a run take how much of a device, and the cheapest setting that takes less.
+
+A state that cannot fit whatever else the run takes is refused before anything is allocated: a machine that runs out of
+memory may end the process without a word.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import pathlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +18,10 @@ import jax
 
 from lmobj.errors import UserError
 from lmobj.objectives import TermKind
-from lmobj.train.assemble import Assembly
+from lmobj.train.assemble import Assembly, Design
 from lmobj.train.plan import make_plan, shard_bytes
 
-__all__ = ["Situation", "cheapest_change", "contributors", "explained"]
+__all__ = ["Situation", "cheapest_change", "check_state", "contributors", "explained"]
 
 _MARK = "RESOURCE_EXHAUSTED"
 _LISTED = 4
@@ -50,23 +55,22 @@ def cheapest_change(now: Situation, *, activations: int | None, held: int) -> st
 
     Args:
       now: the run.
-      activations: bytes of a device that go with the rows, None if not known.
+      activations: bytes of a device that go with the rows, None if not known; 0: fewer rows would not help.
       held: bytes of a device for parameters, gradients, optimizer state and averages.
     """
     fewer_rows = [n for n in range(2, now.rows_per_device + 1) if now.rows_per_device % n == 0]
-    small = {
-        "accumulate": (
-            f"train.accumulate={now.accumulate * fewer_rows[0]}, which takes each batch in smaller parts and changes "
-            "no result"
-            if fewer_rows and now.divisible
-            else None
-        ),
-        "remat": (
-            "model.remat=full, which computes activations again in the backward pass, about a third more work"
-            if now.remat not in (None, "full")
-            else None
-        ),
-    }
+    accumulate = (
+        f"train.accumulate={now.accumulate * fewer_rows[0]}, which takes each batch in smaller parts and changes no "
+        "result"
+        if fewer_rows and now.divisible
+        else None
+    )
+    remat = (
+        "model.remat=full, which computes activations again in the backward pass, about a third more work"
+        if now.remat not in (None, "full")
+        else None
+    )
+    fewer_activations = (accumulate, remat) if activations != 0 else ()
     ways = next((n for n in range(2, now.data + 1) if now.data % n == 0), None)
     share = (
         f"train.mesh.fsdp={now.fsdp * ways} (with train.mesh.data={now.data // ways}), which shares parameters and "
@@ -74,11 +78,11 @@ def cheapest_change(now: Situation, *, activations: int | None, held: int) -> st
         if ways
         else None
     )
-    by_size = (share, *small.values()) if activations is not None and held > activations else (*small.values(), share)
-    for change in by_size:
+    share_first = activations is not None and held > activations
+    for change in (share, *fewer_activations) if share_first else (*fewer_activations, share):
         if change is not None:
             return change
-    if now.batch_size > now.devices:
+    if activations != 0 and now.batch_size > now.devices:
         return f"train.batch_size below {now.batch_size}, which changes what is trained"
     return "a smaller model (model.layers, model.width), or more devices"
 
@@ -105,6 +109,37 @@ def contributors(state: Any, batch: Any, temporary: int | None) -> dict[str, int
     return dict(sorted(known.items(), key=lambda item: -math.inf if item[1] is None else -item[1]))
 
 
+def check_state(run: Design) -> None:
+    """Refuses a state that is larger than all memory of this process's devices; for CPU devices, of the machine.
+
+    Raises:
+      UserError: naming what takes how much, and the cheapest change.
+    """
+    devices = run.mesh.local_devices
+    limits = [limit for device in devices if (limit := (device.memory_stats() or {}).get("bytes_limit"))]
+    on_cpu = devices[0].platform == "cpu"
+    room = _machine_memory() if on_cpu else sum(limits) if len(limits) == len(devices) else None
+    needed = shard_bytes(run.abstract_state) * len(devices)
+    if room is None or needed <= room:
+        return
+    parts = contributors(run.abstract_state, run.abstract_batch, None)
+    change = cheapest_change(situation(run), activations=0, held=needed)
+    raise UserError(
+        f"The state of training takes {_gib(needed)} on {'this machine' if on_cpu else f'{len(devices)} devices'}, "
+        f"which {'has' if on_cpu or len(devices) == 1 else 'have'} {_gib(room)}. The run needs, on each device: "
+        f"{_listed(parts)}. The cheapest change is {change}."
+    )
+
+
+def _machine_memory() -> int | None:
+    """Memory and swap of this machine, where the system tells them."""
+    try:
+        told = pathlib.Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    return 1024 * sum(map(int, re.findall(r"^(?:MemTotal|SwapTotal):\s+(\d+) kB$", told, re.MULTILINE))) or None
+
+
 @contextlib.contextmanager
 def explained(run: Assembly) -> Iterator[None]:
     """Turns XLA's complaint that memory ran out, in compiling or running, into a UserError that says what to do."""
@@ -120,22 +155,25 @@ def _message(run: Assembly, complaint: str) -> str:
     parts = contributors(run.abstract_state, run.abstract_batch, _temporary(run))
     activations = parts.get("activations and temporaries")
     held = sum(parts.get(name) or 0 for name in ("parameters", "gradients", "optimizer state", "moving average"))
-    device = run.mesh.devices.flat[0]
+    device = run.mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     has = f", which has {_gib(limit)}" if limit else ""
     asked = re.search(r"allocat\w+ (\d+)\s?bytes", complaint)
     more = f" XLA asked for {_gib(int(asked[1]))} at once." if asked else ""
-    listed = ", ".join(
-        f"{name} {'not known' if size is None else _gib(size)}" for name, size in list(parts.items())[:_LISTED]
-    )
     change = cheapest_change(situation(run), activations=activations, held=held)
     return (
-        f"Out of memory on a {device.device_kind} device{has}. The run needs, on each device: {listed}.{more} The "
-        f"cheapest change is {change}; start a new run with it."
+        f"Out of memory on a {device.device_kind} device{has}. The run needs, on each device: {_listed(parts)}.{more} "
+        f"The cheapest change is {change}; start a new run with it."
     )
 
 
-def situation(run: Assembly) -> Situation:
+def _listed(parts: dict[str, int | None]) -> str:
+    """The largest contributors in words."""
+    largest = list(parts.items())[:_LISTED]
+    return ", ".join(f"{name} {'not known' if size is None else _gib(size)}" for name, size in largest)
+
+
+def situation(run: Design) -> Situation:
     """What of a run decides which setting to change."""
     settings, shape = run.config.train, run.mesh.shape
     shards = math.prod(shape[axis] for axis in run.rules["batch"])

@@ -157,8 +157,9 @@ class StoredFolder(Folder):
                 raise ValueError("it names no folder")
             self._store, self._root = fsspec.core.url_to_fs(self.url)
         except Exception as error:  # a protocol without its package, none that fsspec knows, or not enough told
-            extra = {"gs": "gcs", "s3": "s3"}.get(self.url.partition("://")[0]) if isinstance(error, ImportError) else None
-            remedy = f"for it `pip install 'lmobj[{extra}]'`" if extra else "a path, or a URL that fsspec knows"
+            extra = {"gs": "gcs", "s3": "s3"}.get(self.url.partition("://")[0])
+            missing = extra is not None and isinstance(error, ImportError)
+            remedy = f"for it `pip install 'lmobj[{extra}]'`" if missing else "a path, or a URL that fsspec knows"
             raise UserError(f"run: {url!r} cannot be opened ({error}); accepted: {remedy}.") from error
 
     def __str__(self) -> str:

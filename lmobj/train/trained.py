@@ -79,10 +79,11 @@ def open_run(config: Experiment, *, best: bool = False, quiet: bool = False) -> 
     Raises:
       UserError: the folder has no checkpoint, or the config or the data are not those that it was made with.
     """
-    folder = RunFolder(config.run_dir)
     with distributed.agreed("run folder"):
+        folder = RunFolder(config.run_dir)
         folder.check_exists()
-    with Checkpoints(folder.checkpoints, keep=config.train.keep, best="eval/loss") as checkpoints:
+        checkpoints = Checkpoints(folder.checkpoints, keep=config.train.keep, best="eval/loss")
+    with checkpoints:
         with distributed.agreed("checkpoints"):
             if checkpoints.latest_step is None:
                 raise UserError(

@@ -101,6 +101,26 @@ def test_eval_of_another_split_differs_and_prints_a_table(capsys: Captured) -> N
     assert tables[0]["loss"] != tables[1]["loss"]
 
 
+def test_whose_weights_they_are_is_told_apart_from_what_is_printed(capsys: Captured) -> None:
+    for kind in ("causal", "masked"):
+        arguments = [f"run={kind}_averaged", "train.ema.decay=0.5", "train.steps=1", "--quiet"]
+        assert main(["train", f"{kind}.yaml", *arguments]) == 0
+    uses = {
+        "averaged": [
+            ["eval", "causal_averaged"],
+            ["generate", "causal_averaged", "--prompt", "the", "--tokens", "2"],
+            ["fill", "masked_averaged", "the [MASK] fox"],
+        ],
+        "": [["eval", "causal_averaged", "--json"], ["fill", "masked", "the [MASK] fox"]],
+    }
+    for averaged, commands in uses.items():
+        for command in commands:
+            assert main(command) == 0
+            out, err = capsys.readouterr()
+            assert ("the moving average of the weights (train.ema, decay 0.5)" in err) == bool(averaged), command
+            assert "moving average" not in out
+
+
 def test_eval_refuses_a_config_that_the_run_was_not_made_with(capsys: Captured) -> None:
     assert "model.width is 16" in refusal(capsys, "eval", "causal", "model.width=16")
 

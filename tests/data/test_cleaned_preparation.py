@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import random
@@ -184,6 +185,23 @@ def test_the_language_filter_drops_the_german_page(pages, tmp_path):
     assert [dataset.tokenizer.decode(tokens) for tokens in dataset.documents("train")] == rows
     size = len(pages.rows[-1].encode())
     assert dataset.summary()["cleaning"] == {"language": {"changed": 0, "dropped": 1, "bytes": size}}
+
+
+def test_another_version_of_a_package_that_cleans_or_segments_is_another_data_set(pages, tmp_path, monkeypatch):
+    few = Pages(pages.rows[:30], [])
+    installed = importlib.metadata.version
+
+    def fingerprint(**changes: object) -> str:
+        return prepare(config(tmp_path, few, **changes), quiet=True).fingerprint
+
+    plain = {"clean": CleaningConfig(whitespace=True), "segment": SegmentationConfig()}
+    html = {"clean": CleaningConfig(html=True), "segment": SegmentationConfig()}
+    jieba = {"clean": CleaningConfig(), "segment": SegmentationConfig(words="jieba")}
+    before = [fingerprint(**settings) for settings in (plain, html, jieba)]
+    newer = {"selectolax": "99", "rjieba": "99"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: newer.get(name) or installed(name))
+    after = [fingerprint(**settings) for settings in (plain, html, jieba)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, False]
 
 
 def test_cleaning_that_leaves_nothing_is_told(pages, tmp_path):

@@ -14,9 +14,11 @@ from lmobj.data import (
     CleaningConfig,
     DataConfig,
     JsonLines,
+    MixtureSource,
     SegmentationConfig,
     SentencePieceConfig,
     TextFiles,
+    WeightedSource,
     _corpus,
     _parts,
     _runner,
@@ -232,6 +234,22 @@ def bad_rows(folder: Path, errors: str) -> DataConfig:
         write_rows(folder / f"{number}.jsonl", [{"text": f"first of {number}"}, *rows])
     source = JsonLines(files=(str(folder / "*.jsonl"),), errors=errors)
     return small_config(folder, folder, source=source)
+
+
+def test_the_source_of_a_mixture_without_training_text_is_named(several, tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("One document.")
+    shares = {"validation": 0.0, "test": 0.999999}
+    sources = {
+        "many": WeightedSource(source=several.source),
+        "one": WeightedSource(source=TextFiles(files=(str(path),))),
+    }
+    model = tmp_path / "some.model"
+    prepare(elsewhere(several, tmp_path / "a"), quiet=True).tokenizer.save(model)
+    config = small_config(tmp_path, tmp_path, source=MixtureSource(sources=sources), **shares)
+    config = dataclasses.replace(config, tokenizer=SentencePieceConfig(path=str(model)), workers=1)
+    with pytest.raises(UserError, match=r"^data\.source\.sources\.(one|many)\.source has \d+ documents, none of which"):
+        prepare(config, quiet=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from data_corpus import generated_documents, small_config, write_blocks
 
 from lmobj.batch import RowSpec
@@ -116,7 +118,8 @@ class Killed(BaseException):
     """Stands for a signal: nothing in the package catches it."""
 
 
-def test_an_interrupted_preparation_is_not_taken_for_done_and_continues(tmp_path, corpus, monkeypatch):
+@pytest.mark.parametrize("shortened", ["train-00000-001.arrayrecord", "part-00000-001.json"])
+def test_an_interrupted_preparation_is_not_taken_for_done_and_continues(tmp_path, corpus, monkeypatch, shortened):
     config = small_config(tmp_path, corpus)
     whole = prepare(dataclasses.replace(config, cache=str(tmp_path / "whole")), quiet=True)
     monkeypatch.setattr(_parts, "PART_BYTES", 2000)
@@ -134,8 +137,8 @@ def test_an_interrupted_preparation_is_not_taken_for_done_and_continues(tmp_path
         prepare(config, quiet=True)
     assert [path.suffix for path in folders(config)] == [".partial"]
 
-    # The third part is begun again, and so is the second, whose shard is made shorter as after a power cut.
-    damaged = next(folders(config)[0].glob("train-00000-001.arrayrecord"))
+    # The third part is begun again, and so is the second, of which a file is made shorter as after a power cut.
+    damaged = folders(config)[0] / shortened
     damaged.write_bytes(damaged.read_bytes()[:-10])
     monkeypatch.setattr(
         _work.WriteShards, "__call__", lambda work, part: written.append(part.index) or write(work, part)
@@ -292,6 +295,21 @@ def test_a_tokenizer_can_be_loaded(tmp_path, corpus, dataset):
     wrong = dataclasses.replace(config, tokenizer=SentencePieceConfig(path=str(path), vocab_size=500))
     with pytest.raises(UserError, match=r"vocab_size is 500, but the model .* has 400 pieces"):
         prepare(wrong, quiet=True)
+
+
+def test_documents_that_a_loaded_tokenizer_takes_for_nothing_are_counted(tmp_path, documents):
+    model = io.BytesIO()
+    lines = [line for document in documents for line in document.splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=120, minloglevel=2
+    )
+    (tmp_path / "lossy.model").write_bytes(model.getvalue())
+    # A zero-width space is three bytes and no blank, but the model's normalisation makes it nothing.
+    corpus = write_blocks(tmp_path / "corpus.txt", [*documents, "\u200b", "\u200b\u200b"])
+    config = small_config(tmp_path, corpus, tokenizer=SentencePieceConfig(path=str(tmp_path / "lossy.model")))
+    summary = prepare(config, quiet=True).summary()
+    assert sum(split["documents"] for split in summary["splits"].values()) == len(documents)
+    assert summary["cleaning"] == {"tokenizer": {"changed": 0, "dropped": 2, "bytes": 9}}
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, corpus, monkeypatch):

@@ -39,6 +39,21 @@ def held_out(run: Assembly) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
+def test_a_batch_is_read_while_the_device_is_at_the_next(causal: FitResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, order, read = replace(causal.assembly), [], jax.device_get
+
+    def step(state: Any, batch: Any) -> Any:
+        order.append("step")
+        return causal.assembly.eval_step(state, batch)
+
+    vars(run)["eval_step"] = step
+    monkeypatch.setattr(jax, "device_get", lambda tree: order.append("read") or read(tree))
+    assert Evaluation(run)(causal.state) == Evaluation(causal.assembly)(causal.state)
+    batches = order.count("step")
+    assert batches >= 2
+    assert order[: 2 * batches] == ["step", *["step", "read"] * (batches - 1), "read"]
+
+
 # --- the figures by hand ------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,8 +18,10 @@ from tiny_runs import experiment
 from lmobj.errors import UserError
 from lmobj.objectives import Example, ObjectiveState, Terms
 from lmobj.train import FitResult, fit, memory
+from lmobj.train.assemble import assemble
 from lmobj.train.guard import GuardState
-from lmobj.train.memory import Situation, cheapest_change, contributors, explained, situation
+from lmobj.train.memory import Situation, cheapest_change, check_state, contributors, explained, situation
+from lmobj.train.plan import shard_bytes
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.step import State
 
@@ -83,6 +86,8 @@ SHARE = "train.mesh.fsdp=4 (with train.mesh.data=3), which shares"
         ({}, 9, SHARE),
         ({"data": 1}, 9, ACCUMULATE),
         ({"data": 9}, 9, "train.mesh.fsdp=6 (with train.mesh.data=3)"),
+        ({}, 0, SHARE),
+        ({"data": 1}, 0, "a smaller model"),
     ],
 )
 def test_the_cheapest_change(changes: dict[str, Any], activations: int | None, expected: str) -> None:
@@ -91,6 +96,58 @@ def test_the_cheapest_change(changes: dict[str, Any], activations: int | None, e
 
 def test_the_situation_of_a_run(causal: FitResult) -> None:
     assert situation(causal.assembly) == Situation(8, 1, 1, True, "dots", data=8, fsdp=1, devices=8)
+
+
+# --- a state that cannot fit --------------------------------------------------------------------------------------
+
+
+def test_a_state_as_large_as_the_machine_is_not_refused(causal: FitResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = causal.assembly
+    needed = 8 * shard_bytes(run.abstract_state)
+    for room in (needed, None):
+        monkeypatch.setattr(memory, "_machine_memory", lambda room=room: room)
+        check_state(run)
+    monkeypatch.setattr(memory, "_machine_memory", lambda: needed - 1)
+    # 13,248 parameters of 4 bytes, and two moments, on each of 8 devices.
+    with pytest.raises(
+        UserError,
+        match=r"^The state of training takes 1\.21 MiB on this machine, which has 1\.21 MiB\. .*"
+        r"optimizer state 0\.10 MiB, parameters 0\.05 MiB, .* The cheapest change is train\.mesh\.fsdp=2 ",
+    ):
+        check_state(run)
+
+
+@pytest.mark.parametrize("limits", [(3, 3), (3, None)])
+def test_accelerators_have_their_own_memory(
+    causal: FitResult, monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int | None]
+) -> None:
+    devices = [SimpleNamespace(platform="gpu", memory_stats=lambda n=n: n and {"bytes_limit": n << 30}) for n in limits]
+    mesh = SimpleNamespace(local_devices=devices, shape={"data": 2, "fsdp": 1, "tensor": 1})
+    run = SimpleNamespace(**{**vars(causal.assembly), "mesh": mesh, "abstract_batch": causal.assembly.abstract_batch})
+    monkeypatch.setattr(memory, "shard_bytes", lambda tree: 3 << 30)
+    check_state(run)  # type: ignore[arg-type]
+    monkeypatch.setattr(memory, "shard_bytes", lambda tree: (3 << 30) + 1)
+    if None in limits:
+        check_state(run)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(UserError, match=r"takes 6\.00 GiB on 2 devices, which have 6\.00 GiB"):
+            check_state(run)  # type: ignore[arg-type]
+
+
+def test_a_machine_tells_its_memory() -> None:
+    assert 1 << 28 < (memory._machine_memory() or 1 << 30) < 1 << 50
+
+
+def test_a_model_beyond_any_machine_is_refused_before_anything_is_written(
+    corpus: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = experiment(corpus, tmp_path / "run", model={"width": 1 << 24}, train={"mesh": MeshConfig(data=1)})
+    with pytest.raises(UserError, match=r"^The state of training takes .* The cheapest change is a smaller model"):
+        fit(config, quiet=True)
+    assert not (tmp_path / "run").exists()
+    # Where the system does not tell its memory, the refusal of the backend must come through, and once it is asked for.
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        assemble(config, quiet=True).initial_state()
 
 
 # --- the message --------------------------------------------------------------------------------------------------

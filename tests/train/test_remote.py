@@ -28,7 +28,7 @@ from tiny_runs import metric_lines, stored_bits
 from lmobj import config
 from lmobj.cli import main
 from lmobj.errors import UserError
-from lmobj.train import FitResult, RunFolder, loop, storage
+from lmobj.train import FitResult, RunFolder, fit, loop, storage
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.storage import LocalFolder, open_folder
 
@@ -369,6 +369,15 @@ def test_a_run_in_a_store_is_killed_and_resumed_on_another_machine(
     assert f"run is '{url}', which already exists; continue it with `lmobj resume {url}`" in refused
     assert main(["resume", "shelf://bucket/nothing"]) == 2
     assert "'shelf://bucket/nothing' is not a run folder: it holds no config.yaml" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused_before_anything_is_in_the_store(
+    causal: FitResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"shelf://bucket/run.*a kind of store that only a single process can save to"):
+        fit(replace(causal.assembly.config, run="shelf://bucket/run"), quiet=True)
+    assert Shelf.store == {}
 
 
 # --- a full disk --------------------------------------------------------------------------------------------------
