@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.noise import dropout
 
@@ -109,31 +110,30 @@ def _xla(
 
 
 def _refuse_for_cudnn(q: Float[Array, "B Q H Dh"], soft_cap: float | None, dropout_rate: float) -> None:
-    """Raises ValueError for what cuDNN's flash attention, as jax exposes it, cannot do."""
+    """Raises UserError for what cuDNN's flash attention, as jax exposes it, cannot do."""
     if dropout_rate > 0:
-        raise ValueError(
-            f"attention: backend 'cudnn' cannot drop out attention probabilities and attention dropout is "
-            f"{dropout_rate}; set it to 0, or use backend 'xla'."
+        raise UserError(
+            f"model.attention_backend: 'cudnn' cannot drop out attention probabilities and attention dropout is "
+            f"{dropout_rate}; set it to 0, or use 'xla'."
         )
     if soft_cap is not None:
-        raise ValueError(
-            f"attention: backend 'cudnn' cannot cap logits and the soft cap is {soft_cap}; set it to null, or use "
-            "backend 'xla'."
+        raise UserError(
+            f"model.attention_backend: 'cudnn' cannot cap logits and the soft cap is {soft_cap}; set it to null, "
+            "or use 'xla'."
         )
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"attention: backend 'cudnn' computes in bfloat16 or float16 and the inputs are {q.dtype}; set the model's "
-            "dtype to bfloat16, or use backend 'xla'."
+        raise UserError(
+            f"model.attention_backend: 'cudnn' computes in bfloat16 or float16 and the inputs are {q.dtype}; set "
+            "model.dtype to bfloat16, or use 'xla'."
         )
     if q.shape[3] % 8 or q.shape[3] > 128:
-        raise ValueError(
-            f"attention: backend 'cudnn' needs a head width that is a multiple of 8 and at most 128, and it is "
-            f"{q.shape[3]}; change the width or the number of heads, or use backend 'xla'."
+        raise UserError(
+            f"model.attention_backend: 'cudnn' needs a head width that is a multiple of 8 and at most 128, and it is "
+            f"{q.shape[3]}; change the width or the number of heads, or use 'xla'."
         )
     if jax.default_backend() != "gpu":
-        raise ValueError(
-            f"attention: backend 'cudnn' runs on NVIDIA GPUs and jax runs on {jax.default_backend()}; use backend "
-            "'xla'."
+        raise UserError(
+            f"model.attention_backend: 'cudnn' runs on NVIDIA GPUs and jax runs on {jax.default_backend()}; use 'xla'."
         )
 
 
@@ -148,9 +148,9 @@ def _cudnn(
     Q, S = q.shape[1], k.shape[1]
     by_flags = mask.is_prefix is None and mask.segment_ids is None and mask.query_offset is None and Q == S
     if not by_flags and (Q % 2 or S % 2):
-        raise ValueError(
-            f"attention: backend 'cudnn' needs even lengths with a mask of packed segments, prefixes or a cache, and "
-            f"the lengths are {Q} and {S}; make them even, or use backend 'xla'."
+        raise UserError(
+            f"model.attention_backend: 'cudnn' needs even lengths with a mask of packed segments, prefixes or a cache, "
+            f"and the lengths are {Q} and {S}; make them even, or use 'xla'."
         )
     window = None if mask.window is None else (mask.window - 1, 0)  # cuDNN's left bound excludes the token itself
     return jax.nn.dot_product_attention(

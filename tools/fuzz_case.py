@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,6 +27,8 @@ class Case:
     """The refusal is lmobj's own, `lmobj: ...` on one line; otherwise the option parser's usage message may come."""
     repair: Callable[[], None] | None = None
     """Makes the input good again; the same command must then be done, so a refusal must leave nothing in its way."""
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    """In which the command runs, where only its beginning is wanted; such a case has no process of its own."""
     may_leave: tuple[str, ...] = ()
     """First parts of the paths, relative to the working folder, that may differ after a refusal."""
 

@@ -20,15 +20,15 @@ from fuzz_case import Case, Kind, flipped
 
 from lmobj import _settings, _yaml, config
 
-__all__ = ["KINDS"]
+__all__ = ["KINDS", "Spot", "odd_setting", "walk"]
 
 _CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 _RAW = "@raw@"
 """Stands in a mapping for text that takes its place once the mapping is written as YAML."""
 
 _NUMBERS = (
-    0, -1, 1, 2, 3, 7, 2**31 - 1, 2**31, -(2**31), 2**53 + 1, 2**63, -(2**63) - 1, 2**64, 10**30, 10**400, 0.5, -0.5,
-    1.0, -1.0, 1.5, 0.999999, 1e-9, 5e-324, 1e38, 1e308, -1e308, -0.0,
+    0, -1, 1, 2, 3, 7, 2**31 - 1, 2**31, -(2**31), 2**53 + 1, 2**63, 2**63 - 1, -(2**63), -(2**63) - 1, 2**64, 10**30,
+    10**400, 0.5, -0.5, 1.0, -1.0, 1.5, 0.999999, 1e-9, 5e-324, 1e38, 1e308, -1e308, -0.0,
 )  # fmt: skip
 _TEXTS = (
     "", " ", "\n", "a\nb\n\nc", "\t", "\x00", "\x1b[31m", "é" * 50, "\U0001f600", "\u2028", "\u0085", "../..", "/",
@@ -86,7 +86,7 @@ def _sections(schema: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class _Spot:
+class Spot:
     """A setting: its path, the `name` of each section on the way that is one of several, and its schema."""
 
     path: tuple[str, ...]
@@ -108,7 +108,7 @@ class _Spot:
         return built
 
 
-def _walk(draw: Random, *, section: bool = False) -> _Spot:
+def walk(draw: Random, *, section: bool = False) -> Spot:
     """A random setting, or a random section."""
     path: tuple[str, ...] = ()
     names: dict[tuple[str, ...], str] = {}
@@ -117,9 +117,9 @@ def _walk(draw: Random, *, section: bool = False) -> _Spot:
         mappings = [a for a in _alternatives(schema) if isinstance(a.get("additionalProperties"), dict)]
         sections = _sections(schema)
         if path and not (sections or mappings):
-            return _Spot(path, names, schema)
+            return Spot(path, names, schema)
         if path and (section if sections else not section) and draw.random() < 0.35:
-            return _Spot(path, names, schema)
+            return Spot(path, names, schema)
         if not sections:
             path, schema = (*path, "some"), mappings[0]["additionalProperties"]
             continue
@@ -128,7 +128,7 @@ def _walk(draw: Random, *, section: bool = False) -> _Spot:
             names = {**names, path: chosen["properties"]["name"]["const"]}
         keys = [k for k, s in chosen["properties"].items() if k != "base" and not (section and not _goes_on(s))]
         if not keys:
-            return _Spot(path, names, schema) if path else _walk(draw, section=section)
+            return Spot(path, names, schema) if path else walk(draw, section=section)
         key = draw.choice(keys)
         path, schema = (*path, key), chosen["properties"][key]
 
@@ -189,7 +189,7 @@ _CHECK = ("config", "bad.yaml")
 
 def wrong_setting(draw: Random, folder: Path) -> Case:
     """A value of the wrong type, an unknown or misspelt key, a section left out or in the wrong place."""
-    spot = _walk(draw, section=(which := draw.randrange(6)) >= 3)
+    spot = walk(draw, section=(which := draw.randrange(6)) >= 3)
     if which <= 2 or not _sections(spot.schema):
         value = draw.choice(_wrong_values(spot.schema) or [{"": {}}])
         _write(draw, folder, _mixed(draw, spot.holding(value)))
@@ -204,7 +204,7 @@ def wrong_setting(draw: Random, folder: Path) -> Case:
         key = _misspelt(draw, draw.choice(list(chosen["properties"])), chosen["properties"])
         value = draw.choice(_NUMBERS[:10])
     else:
-        elsewhere = _walk(draw, section=True)
+        elsewhere = walk(draw, section=True)
         key = elsewhere.path[-1] if elsewhere.path[-1] not in chosen["properties"] else "elsewhere"
         value = {"name": "adamw"}
     _write(draw, folder, _mixed(draw, spot.holding({**section, key: value})))
@@ -220,21 +220,30 @@ def _misspelt(draw: Random, key: str, taken: Mapping[str, Any]) -> str:
             return wrong
 
 
-def odd_value(draw: Random, folder: Path) -> Case:
-    """A number or a text at the edge of what a setting accepts, or past it."""
-    spot = _walk(draw)
+def odd_setting(draw: Random, spot: Spot) -> Any:
+    """A number, a text or a list of texts at the edge of what a setting accepts, or past it."""
     types = _types(spot.schema)
-    pool = [v for v in _NUMBERS if types & {"integer", "number"}] + [v for v in _TEXTS if "string" in types]
-    value: Any = draw.choice(pool or list(_NUMBERS))
     if "array" in types and draw.random() < 0.7:
-        value = [draw.choice(_TEXTS) for _ in range(draw.randint(0, 3))]
+        return [draw.choice(_TEXTS) for _ in range(draw.randint(0, 3))]
+    numbers = _NUMBERS if types & {"integer", "number"} else ()
+    texts = _TEXTS if "string" in types else ()
+    choices = [choice for a in _alternatives(spot.schema) for choice in a.get("enum", ())]
+    if choices and draw.random() < 0.5:
+        return draw.choice(choices)
+    return draw.choice((*numbers, *texts, *((True, False) if "boolean" in types else ())) or _NUMBERS)
+
+
+def odd_value(draw: Random, folder: Path) -> Case:
+    """A setting at the edge of what it accepts, or past it."""
+    spot = walk(draw)
+    value = odd_setting(draw, spot)
     _write(draw, folder, _mixed(draw, spot.holding(value)))
     return Case(f"{spot.key} = {value!r:.60}", _CHECK, malformed=False)
 
 
 def raw_value(draw: Random, folder: Path) -> Case:
     """Text that YAML or the settings refuse, or read in a way of their own, in the place of a value or a section."""
-    spot = _walk(draw, section=draw.random() < 0.3)
+    spot = walk(draw, section=draw.random() < 0.3)
     raw = draw.choice(_RAW_VALUES)
     _write(draw, folder, _mixed(draw, spot.holding(_RAW)), raw)
     return Case(f"{spot.key}: {raw!r:.60}", _CHECK, malformed=False)
@@ -367,7 +376,7 @@ def whole_file(draw: Random, folder: Path) -> Case:
 
 def override(draw: Random, folder: Path) -> Case:
     """A malformed key=value on the command line."""
-    spot = _walk(draw, section=draw.random() < 0.2)
+    spot = walk(draw, section=draw.random() < 0.2)
     wrong = draw.choice(_wrong_values(spot.schema) or [{"": {}}])
     shown = yaml.safe_dump(wrong, default_flow_style=True, width=10**9).removesuffix("...\n").strip()
     raw = draw.choice(_RAW_VALUES)[:2000]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -37,7 +38,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import fuzz_configs
 import fuzz_data
@@ -95,7 +96,8 @@ def _judged(case: Case, kind: Kind, folder: Path, *, twice: bool) -> Outcome:
     """Runs a case; `twice`: as a process of its own as well."""
     files = _files(folder)
     try:
-        code, out, err = _called(case.argv, kind.seconds)
+        with case.within():
+            code, out, err = _called(case.argv, kind.seconds)
         answer = _judge(case, code, out, err)
         if code == 2:
             after = _files(folder)
@@ -103,7 +105,7 @@ def _judged(case: Case, kind: Kind, folder: Path, *, twice: bool) -> Outcome:
             left = [p for p in changed if not p.startswith(case.may_leave) or p.endswith((".partial", ".tmp"))]
             if left:
                 return Outcome("failed", reason=f"a refusal changed {', '.join(left[:5])}")
-        if twice and answer.verdict == "refused":
+        if twice and answer.verdict == "refused" and case.within is contextlib.nullcontext:
             answer = _same_in_a_process(case, kind, answer)
         if case.repair is not None and answer.verdict == "refused":
             case.repair()
@@ -212,45 +214,51 @@ def _serve(pipe: Connection) -> None:
     with contextlib.suppress(EOFError):
         while True:
             name, seed, number = pipe.recv()
+            faulthandler.dump_traceback_later(_longest(name) - 5)  # for one that does not even answer its alarm
             try:
                 pipe.send(run_case(name, seed, number))
             except Exception:  # of this tool: commands are run inside another `try`
                 pipe.send(traceback.format_exc())
 
 
+def _longest(name: str) -> float:
+    """Seconds after which a process that has not answered is killed: a case may run three commands."""
+    return 3 * KINDS[name].seconds + _GRACE
+
+
 class Worker:
     """A process that runs cases, started anew when a case ends it."""
 
-    def __init__(self, method: str = "spawn") -> None:
-        self._context: Any = multiprocessing.get_context(method)
+    def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
-        self._pipe, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
         theirs.close()
 
     def run(self, name: str, seed: int, number: int) -> Outcome:
-        self._pipe.send((name, seed, number))
-        limit = 3 * KINDS[name].seconds + _GRACE
+        limit = _longest(name)
         try:
+            self._pipe.send((name, seed, number))
             if self._pipe.poll(limit):
                 outcome = self._pipe.recv()
                 if isinstance(outcome, str):
                     sys.exit(f"case {number} of {name} cannot be made:\n{outcome}")
                 return outcome
             reason = f"hang: no answer within {limit:.0f} s"
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            reason = f"the process ended with exit code {self._process.exitcode}"
+        except (EOFError, ConnectionError):
+            self.process.join()
+            reason = f"the process ended with exit code {self.process.exitcode}"
         self.close()
         self._start()
         return Outcome("failed", reason=reason)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.join()
+        self.process.kill()
+        self.process.join()
         self._pipe.close()
 
 

@@ -10,14 +10,20 @@ import functools
 import io
 import json
 import shutil
+import unittest.mock
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from fuzz_case import Case, Kind, flipped
+from fuzz_configs import odd_setting, walk
 from fuzz_data import BLOCKS, PREPARE, TEXT, changed_file, good_tokenizer, scratch, write_config
 
+from lmobj import _yaml
 from lmobj.cli import main as lmobj
+from lmobj.errors import UserError
+from lmobj.train.run_folder import RunFolder
 
 __all__ = ["KINDS"]
 
@@ -190,6 +196,53 @@ def run_folder(draw: Random, folder: Path) -> Case:
     return Case(shown, command, malformed=False, may_leave=("run", "cache"))
 
 
+class _RehearsedError(UserError):
+    """Training would begin now."""
+
+    exit_code = 0
+
+
+@contextlib.contextmanager
+def _rehearsal() -> Iterator[None]:
+    """In it, `lmobj train` ends where it would make the run folder: what cannot work must have been told by then."""
+
+    def create(run: RunFolder, config_yaml: str) -> None:
+        run.check_free()
+        raise _RehearsedError("rehearsed")
+
+    with unittest.mock.patch.object(RunFolder, "create", create):
+        yield
+
+
+_MODELS = {
+    "gru": {"name": "gru", "layers": 1, "width": 8},
+    "decoder": {"name": "decoder", "layers": 1, "width": 8, "heads": 2, "max_length": 32},
+    "encoder": {"name": "encoder", "layers": 1, "width": 8, "heads": 2, "max_length": 32},
+}
+_AXES = ("data", "fsdp", "tensor", "sequence", "expert", "nothing", "")
+_DECIDE_DATA = ("source", "clean", "segment", "tokenizer", "cache", "workers")
+"""Settings of data that the kinds above are about."""
+
+
+def train(draw: Random, folder: Path) -> Case:
+    """A setting at the edge of what can be trained with, or past it, in a run that is ready to begin."""
+    shutil.copytree(_prepared(), folder, dirs_exist_ok=True)
+    spot = walk(draw)
+    while spot.path[0] in ("name", "run") or (spot.path[0] == "data" and spot.path[1] in _DECIDE_DATA):
+        spot = walk(draw)
+    value = odd_setting(draw, spot)
+    if spot.path[:2] == ("train", "sharding"):
+        value = draw.choices(_AXES, k=draw.randint(0, 3))
+    values = json.loads((folder / "bad.yaml").read_text())
+    model = spot.names.get(("model",)) or draw.choice(list(_MODELS))
+    objective = spot.names.get(("objective",)) or ("masked_lm" if model == "encoder" else "causal_lm")
+    values |= {"model": _MODELS[model], "objective": {"name": objective}}
+    changed = _yaml.merge(_yaml.Document(values), _yaml.Document(spot.holding(value))).values
+    (folder / "bad.yaml").write_bytes(_yaml.to_yaml(changed).encode("utf-8", "surrogatepass"))
+    what = f"{model}, {objective}: {spot.key} = {value!r:.60}"
+    return Case(what, ("train", "bad.yaml", "--quiet"), malformed=False, within=_rehearsal, may_leave=("cache",))
+
+
 _NUMERIC = ("--tokens", "--samples", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--beam")
 _NO_NUMBERS = ("-1", "nan", "-inf", "x", "")
 _OPTIONS: tuple[tuple[str, ...], ...] = (
@@ -228,6 +281,7 @@ KINDS: dict[str, Kind] = {
     "tokenizer": Kind(tokenizer, 150, 30),
     "cache": Kind(cache, 150, 30),
     "place": Kind(place, 100, 60),
+    "train": Kind(train, 100, 60),
     "run": Kind(run_folder, 30, 120),
     "options": Kind(options, 20, 120),
 }

@@ -210,7 +210,7 @@ class Decoder(Transformer):
         dropout: UInt32[Array, " B"] | None,
     ) -> tuple[Float[Array, "B L D"], Call]:
         if token_types is not None:
-            raise ValueError("The decoder has no token types; pass none, or use the encoder.")
+            raise UserError("model.name is decoder, which has no token types; pass none, or use the encoder.")
         config, spec = self.config, self.spec
         check_length(tokens.shape[1], config.max_length)
         positions = default_positions(tokens, positions)
@@ -232,5 +232,5 @@ def _windowed(mask: AttentionMask, window: int | None) -> AttentionMask:
     if window is None:
         return mask
     if not mask.causal:
-        raise ValueError(f"model.window is {window} and the mask is bidirectional; a window needs a causal mask.")
+        raise UserError(f"model.window is {window} and the mask is bidirectional; a window needs a causal mask.")
     return dataclasses.replace(mask, window=window if mask.window is None else min(window, mask.window))

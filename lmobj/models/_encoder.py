@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from lmobj.attention import AttentionBackend
 from lmobj.batch import Vocabulary
+from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.models._block import EMBEDDING, HIDDEN_AXES, BlockSpec, Call, Remat, Stack, drop, make_norm
 from lmobj.models._layers import (
@@ -175,7 +176,7 @@ class Encoder(Transformer):
           ValueError: the model has no pooler.
         """
         if self.pooler is None:
-            raise ValueError("model.pooler is false, so the encoder has no pooled output; set it to true.")
+            raise UserError("model.pooler is false, so the encoder has no pooled output; set it to true.")
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
     def _embed(

@@ -207,7 +207,7 @@ class GRULanguageModel(nnx.Module):
 
 
 def _refuse(mask: AttentionMask, token_types: Array | None) -> None:
-    """Raises ValueError for what a recurrence cannot honour."""
+    """Raises UserError for what a recurrence cannot honour."""
     asked = {
         "a bidirectional mask": not mask.causal,
         "a window": mask.window is not None,
@@ -217,4 +217,7 @@ def _refuse(mask: AttentionMask, token_types: Array | None) -> None:
     }
     for what, is_asked in asked.items():
         if is_asked:
-            raise ValueError(f"A GRU reads left to right and cannot honour {what}; use masks.causal(), packed or not.")
+            raise UserError(
+                f"model.name is gru, which reads left to right and cannot honour {what}; use an objective such as "
+                "causal_lm, whose mask is causal, packed or not."
+            )

@@ -20,12 +20,18 @@ __all__ = [
 ]
 
 
+_MOST = 2**31 - 1
+"""Tokens and positions are counted in int32."""
+
+
 def at_least(settings: Any, minimum: int, *names: str) -> None:
-    """Refuses counts below `minimum`; None passes."""
+    """Refuses counts below `minimum`, and those that do not fit in int32; None passes."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < minimum:
             raise UserError(f"model.{name} is {value}; it must be at least {minimum}.")
+        if value is not None and value > _MOST:
+            raise UserError(f"model.{name} is {value}; it must be at most {_MOST}.")
 
 
 def check_rates(settings: Any, *names: str) -> None:

@@ -313,11 +313,10 @@ class Checkpoints:
                 fault = share(f"fault of checkpoint {name}", fault)
                 if fault is None:
                     if name != names[0]:
-                        logger.warning("Using the checkpoint of step %d instead.", _step(name))
+                        logger.warning("%s Using the checkpoint of step %d instead.", " ".join(notes), _step(name))
                     return self._read(name, folder, abstract_state, notes)
             self._damaged.add(name)
             notes.append(f"The checkpoint of step {_step(name)} in {self.directory} is damaged: {fault}.")
-            logger.warning("%s", notes[-1])
         raise UserError(f"{' '.join(notes)} There is no other checkpoint to use.")
 
     def _unfinished(self, after: int) -> list[str]:

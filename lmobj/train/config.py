@@ -15,6 +15,11 @@ from lmobj.train.sinks import WandB
 
 __all__ = ["TrainConfig"]
 
+_MOST_STEPS = 2**31 - 1
+"""Steps are counted in int32."""
+_MOST_ROWS = 2**20
+"""In a global batch: far more than anybody trains on, and few enough to be read."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -59,6 +64,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; accepted: 1 or more.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"train.seed is {self.seed}; accepted: a whole number of at most 64 bits, sign included.")
+        for name, most in (("steps", _MOST_STEPS), ("batch_size", _MOST_ROWS)):
+            if getattr(self, name) > most:
+                raise UserError(f"train.{name} is {getattr(self, name)}; accepted: 1 to {most}.")
         for name in ("evaluate_every", "evaluate_batches", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
