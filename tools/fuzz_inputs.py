@@ -131,7 +131,7 @@ def _judge(case: Case, code: int, out: str, err: str) -> Outcome:
         return Outcome("valid")
     if code != 2:
         return failed(f"exit code {code} instead of 2: {err or out:.300}")
-    if not case.own_words and "Usage:" in err:
+    if not case.own_words and ("Usage:" in err or "─ Error ─" in err):
         return Outcome("refused", reason=err)
     if not err.startswith("lmobj: "):
         return failed(f"stderr does not begin with `lmobj: `: {err:.300}")

@@ -308,6 +308,8 @@ class Measurement:
         told = (first.code, other.code, first.err)
         if fault == "term":
             assert told == (143, 143, ""), told
+        elif fault == "kill":  # whoever notices first, the devices or the heartbeat, decides what is said
+            assert (first.code != 0, other.code) == (True, code), told
         else:
             assert (first.code != 0, other.code, first.err.count("\n")) == (True, code, 1), told
         self.tell(f"{fault}: from the end of one to the end of the other", abs(first.at - other.at), 30, " s")

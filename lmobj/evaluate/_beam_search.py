@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmobj.errors import UserError
-from lmobj.evaluate._cached import Generated, extend, prefill
+from lmobj.evaluate._cached import Generated, check_counts, extend, prefill
 from lmobj.models import Cache, CachedModel
 
 __all__ = ["BeamConfig", "beam_search"]
@@ -35,9 +35,7 @@ class BeamConfig:
     """Exponent a of the divisor ((5 + length) / 6)^a of log-probabilities, at least 0 (0: none); larger, longer."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_counts(self, "max_new_tokens", "num_beams")
         if not 1 <= self.num_samples <= self.num_beams:
             raise UserError(f"num_samples is {self.num_samples}; with beams it must be 1 .. {self.num_beams}.")
         if not 0 <= self.length_penalty < math.inf:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lmobj.errors import UserError
 from lmobj.models import Cache, CachedModel, LanguageModel
 
-__all__ = ["Generated", "extend", "output_logits", "prefill"]
+__all__ = ["Generated", "check_counts", "extend", "output_logits", "prefill"]
+
+_MOST = 2**20
+"""Of tokens, samples, beams: more than any context or memory holds."""
 
 
 class Generated(NamedTuple):
@@ -23,6 +27,16 @@ class Generated(NamedTuple):
     """Number of tokens, the end-of-sequence token included."""
     scores: Float[Array, "*rows"]
     """Sum of the log-probabilities; in beam search divided by the length penalty."""
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Refuses counts that are below 1 or beyond all use; None passes."""
+    for name in names:
+        count = getattr(settings, name)
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}; it must be at least 1.")
+        if count is not None and count > _MOST:
+            raise UserError(f"{name} is {count}; it must be at most {_MOST}.")
 
 
 def output_logits(model: LanguageModel, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj.errors import UserError
-from lmobj.evaluate._cached import Generated, extend, prefill
+from lmobj.evaluate._cached import Generated, check_counts, extend, prefill
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
 from lmobj.models import Cache, CachedModel
 
@@ -47,10 +47,9 @@ class SamplingConfig:
     """Draw among tokens at least this many times as probable as the most probable one, in (0, 1]; null: all."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "top_k"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UserError(f"{name} is {count}; it must be at least 1.")
+        check_counts(self, "max_new_tokens", "num_samples", "top_k")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be a whole number of at most 64 bits, sign included.")
         for name in ("top_p", "min_p"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
