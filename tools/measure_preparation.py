@@ -9,7 +9,7 @@ documents of 10 to 60 lines. The tokenizer is trained on a little of it beforeha
 throughput   bytes of text by the wall time of a process that calls `prepare`, start and imports included
 bare         bytes by the wall time of `sp.encode` alone on text already in memory: as one list with a thread per
              core, and in as many processes as cores, each with its share; the faster counts. Before and after
-memory       resident memory of that process and its workers added up, sampled every 50 ms: the largest sum. Pages that
+memory       resident memory of that process and its workers added up, sampled every 250 ms: the largest sum. Pages that
              they share count for each
 kill         the process is killed (SIGKILL) once a third of the parts is finished, and started again: the parts that it
              had finished must stay as they were, and the result must be that of the run that was not killed
@@ -129,8 +129,8 @@ class Child:
         self.largest: list[int] = []
 
     def watch(self) -> bool:
-        """Samples the memory; whether the process still runs."""
-        time.sleep(0.05)
+        """Samples the memory; whether the process still runs. Rarely enough to leave the cores to it."""
+        time.sleep(0.25)
         resident = [_resident(pid) for pid in _family(self.process.pid)]
         if sum(resident) > self.peak:
             self.peak, self.largest = sum(resident), resident
