@@ -22,9 +22,11 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Int, Key, UInt32
 
-__all__ = ["Batch", "Layout", "RowSpec", "Vocabulary", "dropout_seeds", "row_keys"]
+__all__ = ["LABEL_FIELDS", "Batch", "Layout", "RowSpec", "Vocabulary", "dropout_seeds", "row_keys"]
 
 Batch = dict[str, Array]
+LABEL_FIELDS = {"labels": "int32", "scores": "float32"}
+"""Fields of a RowSpec that are stored with examples, one per row, and their types."""
 Layout = Literal["packed", "pairs", "stream", "single", "examples"]
 
 

@@ -23,7 +23,7 @@ import pytest
 _ROOT = pathlib.Path(__file__).parent.parent
 _FLOORS = {
     **dict.fromkeys(
-        ("errors", "batch", "masks", "attention", "partition", "compat", "losses", "noise", "_yaml"),
+        ("errors", "batch", "masks", "attention", "partition", "compat", "losses", "noise", "_yaml", "_cache"),
         1,
     ),
     "models": 2,

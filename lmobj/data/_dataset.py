@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmobj.batch import RowSpec, Vocabulary
+from lmobj.batch import LABEL_FIELDS, RowSpec, Vocabulary
 from lmobj.data._epochs import Epochs
 from lmobj.data._mixture import PERIOD, InOrder, Mixture
 from lmobj.data._prepared import SPLITS, Prepared
@@ -22,9 +22,9 @@ from lmobj.errors import UserError
 
 __all__ = ["SPLITS", "Dataset"]
 
-_FIELDS = ("word_starts", "token_bytes", "labels", "scores")
-_LABEL_KINDS = {"labels": ("class", np.int32), "scores": ("number", np.float32)}
-"""Fields that are stored labels: their `label_kind`, and the type they are stored in."""
+_FIELDS = ("word_starts", "token_bytes", *LABEL_FIELDS)
+_LABEL_KINDS = {"labels": "class", "scores": "number"}
+"""The `label_kind` of each."""
 
 
 class Dataset:
@@ -163,7 +163,7 @@ class Dataset:
         for name in spec.fields:
             if name not in _FIELDS:
                 raise UserError(f"RowSpec.fields has {name!r}; accepted: {', '.join(_FIELDS)}.")
-            if name in _LABEL_KINDS and spec.layout != "examples":
+            if name in LABEL_FIELDS and spec.layout != "examples":
                 raise UserError(
                     f"RowSpec.fields has {name!r}, but the layout is {spec.layout!r}; accepted: the layout 'examples'."
                 )
@@ -185,16 +185,17 @@ class Dataset:
         """The labels that `spec` asks for. Ids of classes are those of `classes`, not of the source alone."""
         source = self._sources[name]
         labels = source.store(split).labels
-        for field, (kind, dtype) in _LABEL_KINDS.items():
+        for field, dtype in LABEL_FIELDS.items():
             if field not in spec.fields:
                 continue
             if labels is None or labels.dtype != dtype:
                 raise UserError(
                     f"the objective reads {field} of its examples, which the data of {_key(name)} do not have; "
-                    f"accepted: a source of records with {_key(name)}.label: COLUMN and .label_kind: {kind}."
+                    f"accepted: a source of records with {_key(name)}.label: COLUMN and .label_kind: "
+                    f"{_LABEL_KINDS[field]}."
                 )
             ids = np.array([self.classes.index(own) for own in source.classes], np.int32)
-            return ids[labels] if kind == "class" else labels
+            return ids[labels] if field == "labels" else labels
         return None
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lmobj._cache import cache_name, cache_root
 from lmobj.data._cleaning import Cleaner
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
 from lmobj.data._config import DataConfig
@@ -92,14 +93,13 @@ def _open_corpora(config: DataConfig, workers: int) -> tuple[dict[str, Corpus], 
 
 
 def _cache_root(config: DataConfig) -> Path:
-    root = config.cache or os.environ.get("LMOBJ_CACHE") or "~/.cache/lmobj"
     try:
-        path = Path(root).expanduser()
+        path = cache_root(config.cache)
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: no name that a folder can have
         raise UserError(
-            f"data.cache is {root!r}, which cannot be made ({error}); accepted: a folder in a place that can be "
-            "written to."
+            f"data.cache is {cache_name(config.cache)!r}, which cannot be made ({error}); accepted: a folder in a "
+            "place that can be written to."
         ) from error
     return path
 

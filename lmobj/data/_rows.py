@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from lmobj.batch import RowSpec
+from lmobj.batch import LABEL_FIELDS, RowSpec
 from lmobj.data._epochs import Epochs
 from lmobj.data._mixture import InOrder, Mixture
 from lmobj.data._plan import Fragments, Ints, ragged
@@ -139,7 +139,7 @@ class Rows:
             batch["word_starts"] = self._word_starts(tokens, segments, found)
         if "token_bytes" in spec.fields:
             batch["token_bytes"] = np.where(segments > 0, self._tokenizer.piece_bytes[tokens], 0).astype(np.int32)
-        for name, dtype in (("labels", np.int32), ("scores", np.float32)):
+        for name, dtype in LABEL_FIELDS.items():
             if name in spec.fields:
                 batch[name] = _labels(np.zeros(len(rows), dtype), found)
         return batch

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lmobj import partition
 from lmobj._yaml import to_yaml
-from lmobj.batch import RowSpec, Vocabulary
+from lmobj.batch import LABEL_FIELDS, RowSpec, Vocabulary
 from lmobj.data import DataConfig, Dataset, HostBatch, prepare
 from lmobj.errors import UserError
 from lmobj.models import ModelBuilder
@@ -241,11 +241,10 @@ class Assembly(Design):
 def batch_shapes(rows: RowSpec, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of a batch of such rows (see `lmobj.batch`)."""
     per_token = dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
-    per_row = {"labels": jnp.int32, "scores": jnp.float32}
     shapes = {"row_ids": jax.ShapeDtypeStruct((batch_size, 2), jnp.int32)}
     for name in rows.fields:
-        if name in per_row:
-            shapes[name] = jax.ShapeDtypeStruct((batch_size,), per_row[name])
+        if name in LABEL_FIELDS:
+            shapes[name] = jax.ShapeDtypeStruct((batch_size,), jnp.dtype(LABEL_FIELDS[name]))
         else:
             per_token[name] = jnp.bool_ if name == "word_starts" else jnp.int32
     if rows.layout in ("pairs", "examples"):

@@ -6,7 +6,7 @@ bad_batches/step-N.txt    what was wrong with it, and its text
 
 from __future__ import annotations
 
-import os
+import io
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,10 +80,9 @@ class BadBatches:
             return None
         folder.mkdir(exist_ok=True)
         (batch,) = self.run.batches("train", start=step - 1, steps=1, whole=True)  # a batch is a function of its step
-        unfinished = path.with_name(f".{path.name}")
-        with unfinished.open("wb") as file:
-            np.savez(file, **{name: np.asarray(rows) for name, rows in batch.items()})  # type: ignore[arg-type]
-        os.replace(unfinished, path)
+        content = io.BytesIO()
+        np.savez(content, **{name: np.asarray(rows) for name, rows in batch.items()})  # type: ignore[arg-type]
+        write_atomically(path, content.getvalue())
         write_atomically(path.with_suffix(".txt"), _readable(step, verdict, batch, self.run.dataset.tokenizer))
         return path
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 import lmobj
+from lmobj._cache import cache_root
 
 __all__ = ["Check", "doctor", "environment"]
 
@@ -62,7 +63,7 @@ def doctor(cache: Path | None = None) -> Iterator[Check]:
       cache: the folder that prepared data goes to; by default where it goes without `data.cache`.
     """
     if cache is None:
-        cache = Path(os.environ.get("LMOBJ_CACHE") or "~/.cache/lmobj").expanduser()
+        cache = cache_root()
     yield Check("lmobj", lmobj.__version__)
     yield Check("python", platform.python_version())
     for name in _PACKAGES:

@@ -32,7 +32,7 @@ class Evaluation:
     run: Assembly
     split: str = "validation"
 
-    @property
+    @functools.cached_property  # the loop asks after every step
     def has_text(self) -> bool:
         """Whether the split holds any documents; without them there is nothing to evaluate on."""
         return self.run.dataset.summary()["splits"][self.split]["documents"] > 0

@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec
 
+from lmobj._cache import cache_root
 from lmobj.errors import UserError
 
 __all__ = ["Folder", "LocalFolder", "StoredFolder", "local_path", "open_folder", "working_copy", "write_atomically"]
@@ -39,8 +40,7 @@ def local_path(place: Place) -> Path | None:
 
 def working_copy(place: Place) -> Path:
     """A folder on this machine, named by the digest of a URL, for work on what is kept there."""
-    root = Path(os.environ.get("LMOBJ_CACHE") or "~/.cache/lmobj").expanduser()
-    return root / "runs" / hashlib.blake2b(os.fspath(place).rstrip("/").encode(), digest_size=16).hexdigest()
+    return cache_root() / "runs" / hashlib.blake2b(os.fspath(place).rstrip("/").encode(), digest_size=16).hexdigest()
 
 
 def open_folder(place: Place) -> Folder:

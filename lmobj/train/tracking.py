@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lmobj.errors import UserError
+from lmobj.train.distributed import is_first
 from lmobj.train.sinks import JsonLines, Sink, TensorBoard
+from lmobj.train.storage import write_atomically
 
 __all__ = ["ACTIVITIES", "PEAK_FLOPS", "Tracker", "last_metrics", "peak_flops", "read_metrics", "truncate_metrics"]
 
@@ -109,7 +111,7 @@ class Tracker:
     ) -> None:
         self.run_dir = pathlib.Path(run_dir)
         self.total, self.tokens_per_step, self.flops_per_token = total, tokens_per_step, flops_per_token
-        self._leader = jax.process_index() == 0
+        self._leader = is_first()
         self._quiet = quiet or not self._leader
         self._interval = interval
         self._clock = _Clock()
@@ -304,12 +306,7 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> None:
     kept = "".join(json.dumps(line) + "\n" for line in _parse(path) if line["step"] <= step)
     if kept.encode() == path.read_bytes():
         return
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    write_atomically(path, kept)
 
 
 def _parse(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from poisoned import BigramConfig, Poisoned
+from own_objective import BigramConfig
+from poisoned import Poisoned
 from tiny_runs import experiment, metric_lines, stored_bits
 
 from lmobj.errors import UserError

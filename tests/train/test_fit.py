@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_wandb import FakeWandB
-from flax import nnx
+from own_objective import Bigram, BigramConfig, PredictPrevious
 from tiny_runs import PEAK, STEPS, experiment, metric_lines
 
-from lmobj import config, losses, masks
-from lmobj.batch import RowSpec
+from lmobj import config
 from lmobj.data import SentencePieceConfig, TextFiles
 from lmobj.errors import UserError
-from lmobj.objectives import Example, Objective, Terms
+from lmobj.objectives import Example, Terms
 from lmobj.train import FitResult, fit, run_folder
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.optimizers import AdamW
@@ -207,40 +206,6 @@ def test_text_that_cannot_be_used_is_refused_before_anything_is_written(
 
 
 # --- an objective and a model of one's own ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PredictPrevious(Objective):
-    """Predicts each token from the one after it."""
-
-    def rows(self, vocab: Any, length: int) -> RowSpec:
-        return RowSpec("packed", length)
-
-    def corrupt(self, keys: Any, batch: Any, ctx: Any) -> Example:
-        tokens, segments = batch["tokens"], batch["segment_ids"]
-        inside = (segments == jnp.roll(segments, 1, axis=1)) & (segments > 0)
-        return Example(tokens, jnp.roll(tokens, 1, axis=1), inside.at[:, 0].set(False) * 1.0, masks.bidirectional())
-
-    def terms(self, models: Any, example: Example, carried: Any, ctx: Any) -> Terms:
-        nll = losses.token_nll(models["model"](example.inputs), example.targets)
-        return Terms({"nll": jnp.sum(nll * example.weights)}, {})
-
-
-class Bigram(nnx.Module):
-    """The logits of a token's neighbour, as a product of two tables."""
-
-    def __init__(self, size: int, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Param(0.1 * jax.random.normal(rngs.params(), (size, 16)))
-        self.out = nnx.Param(0.1 * jax.random.normal(rngs.params(), (size, 16)))
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embed[...][tokens] @ self.out[...].T
-
-
-@dataclass(frozen=True)
-class BigramConfig:
-    def build(self, vocab: Any, rngs: nnx.Rngs) -> Bigram:
-        return Bigram(vocab.size, rngs)
 
 
 def test_an_objective_and_a_model_of_ones_own_in_under_40_lines(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:

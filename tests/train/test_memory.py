@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from poisoned import BigramConfig, Poisoned
+from own_objective import BigramConfig
+from poisoned import Poisoned
 from tiny_runs import experiment
 
 from lmobj.errors import UserError
