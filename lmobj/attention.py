@@ -1,6 +1,6 @@
 """The one attention call. A backend that cannot honour what it is asked for raises; nothing is ever ignored.
 
-    attention(q, k, v) = dropout(softmax(scale q k^T where the mask allows)) v
+    attention(q, k, v) = dropout(softmax(scale q k^T + bias where the mask allows)) v
 
 Vaswani et al. 2017, "Attention Is All You Need", eq. 1; grouped queries as in Ainslie et al. 2023, "GQA".
 """
@@ -23,7 +23,7 @@ __all__ = ["AttentionBackend", "attention"]
 AttentionBackend = Literal["xla", "cudnn"]
 
 _DROPOUT_SITE = 0
-"""Site of the dropout on attention probabilities; a layer's own sites start at 1."""
+"""Usual site of the dropout on attention probabilities; a layer's own sites start at 1."""
 
 
 def attention(
@@ -34,14 +34,18 @@ def attention(
     *,
     backend: AttentionBackend = "xla",
     scale: float | None = None,
+    bias: Float[Array, "B_or_1 H Q S"] | None = None,
     soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_seeds: UInt32[Array, " B"] | None = None,
     layer: Int[Array, ""] | int = 0,
+    site: int = _DROPOUT_SITE,
 ) -> Float[Array, "B Q H Dh"]:
     """Scaled dot-product attention of H query heads over G key and value heads, H a multiple of G.
 
-    Query head h reads key head h // (H / G). What a query gets that may see nothing at all is finite, and undefined.
+    Query head h reads key head h // (H / G). A query that may see nothing gets zeros where the mask says that this
+    can happen (`may_be_empty`), because an even softmax over everything would show it what it must not see. Under other
+    masks it gets something finite, and undefined.
 
     Args:
       q, k, v: queries, keys and values of one dtype.
@@ -49,11 +53,13 @@ def attention(
       backend: `xla` honours everything and computes the softmax in `promote_types(dtype, float32)`, so float64 stays
         float64; `cudnn` is flash attention on NVIDIA GPUs, in bfloat16 or float16. cuDNN gets causal, windowed and
         bidirectional masks as such, and every other mask as booleans [B, 1, Q, S].
-      scale: of the logits; 1 / sqrt(Dh) by default.
+      scale: of the products of queries and keys; 1 / sqrt(Dh) by default.
+      bias: added to the scaled logits before cap and mask (relative positions).
       soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2); None leaves them.
       dropout_rate: dropout of the probabilities, in [0, 1).
       dropout_seeds: one seed per row; None switches dropout off.
       layer: index of the layer, for dropout.
+      site: which attention of the layer this is, for dropout; two attentions of a layer need two sites.
 
     Raises:
       ValueError: shapes that do not fit one another, or something that the backend cannot honour.
@@ -64,15 +70,18 @@ def attention(
             f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit; expected [B, Q, H, Dh] and twice "
             "[B, S, G, Dh] with H a multiple of G."
         )
+    logits = (heads, q.shape[1], k.shape[1])
+    if bias is not None and (bias.ndim != 4 or bias.shape[0] not in (1, q.shape[0]) or bias.shape[1:] != logits):
+        raise ValueError(f"attention: the bias is {bias.shape}; expected [{q.shape[0]} or 1, {str(logits)[1:-1]}].")
     scale = 1 / math.sqrt(width) if scale is None else scale
     if dropout_seeds is None:
         dropout_rate = 0.0
     if backend == "cudnn":
-        _refuse_for_cudnn(q, soft_cap, dropout_rate)
+        _refuse_for_cudnn(q, mask, bias, soft_cap, dropout_rate)
         return _cudnn(q, k, v, mask, scale)
     if backend != "xla":
         raise ValueError(f"attention: the backend is {backend!r}; it must be 'xla' or 'cudnn'.")
-    return _xla(q, k, v, mask, scale, soft_cap, dropout_rate, dropout_seeds, layer)
+    return _xla(q, k, v, mask, scale, bias, soft_cap, dropout_rate, dropout_seeds, layer, site)
 
 
 def _xla(
@@ -81,10 +90,12 @@ def _xla(
     v: Float[Array, "B S G Dh"],
     mask: AttentionMask,
     scale: float,
+    bias: Float[Array, "B_or_1 H Q S"] | None,
     soft_cap: float | None,
     dropout_rate: float,
     dropout_seeds: UInt32[Array, " B"] | None,
     layer: Int[Array, ""] | int,
+    site: int,
 ) -> Float[Array, "B Q H Dh"]:
     """Attention by two batched matrix products. The R queries that share a key head are rows of one product.
 
@@ -99,18 +110,36 @@ def _xla(
     k_BxGxSxDh, v_BxGxSxDh = k.swapaxes(1, 2), v.swapaxes(1, 2)
     logits = jnp.einsum("bgqd,bgsd->bgqs", q_BxGxRQxDh, k_BxGxSxDh, preferred_element_type=precise)
     logits = logits.reshape(B, H, Q, S) * scale
+    if bias is not None:
+        logits = logits + bias.astype(precise)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
-    logits = jnp.where(mask.dense(Q, S), logits, jnp.finfo(precise).min)
-    probabilities = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    allowed = mask.dense(Q, S)
+    probabilities = jax.nn.softmax(jnp.where(allowed, logits, jnp.finfo(precise).min), axis=-1)
+    if mask.may_be_empty:
+        probabilities = jnp.where(allowed, probabilities, 0)
+    probabilities = probabilities.astype(v.dtype)
     if dropout_seeds is not None and dropout_rate > 0:
-        probabilities = dropout(probabilities, dropout_rate, dropout_seeds, layer=layer, site=_DROPOUT_SITE)
+        probabilities = dropout(probabilities, dropout_rate, dropout_seeds, layer=layer, site=site)
     y = jnp.einsum("bgqs,bgsd->bgqd", probabilities.reshape(B, G, R * Q, S), v_BxGxSxDh)
     return y.reshape(B, G, R, Q, width).transpose(0, 3, 1, 2, 4).reshape(B, Q, H, width)
 
 
-def _refuse_for_cudnn(q: Float[Array, "B Q H Dh"], soft_cap: float | None, dropout_rate: float) -> None:
+def _refuse_for_cudnn(
+    q: Float[Array, "B Q H Dh"],
+    mask: AttentionMask,
+    bias: Float[Array, "B_or_1 H Q S"] | None,
+    soft_cap: float | None,
+    dropout_rate: float,
+) -> None:
     """Raises UserError for what cuDNN's flash attention, as jax exposes it, cannot do."""
+    if bias is not None:
+        raise UserError("model.attention_backend: 'cudnn' takes no bias here and the model has one; use 'xla'.")
+    if mask.may_be_empty:
+        raise UserError(
+            "model.attention_backend: 'cudnn' cannot give zeros to a token that sees nothing, as the first of a "
+            "permutation does; use 'xla'."
+        )
     if dropout_rate > 0:
         raise UserError(
             f"model.attention_backend: 'cudnn' cannot drop out attention probabilities and attention dropout is "
@@ -146,11 +175,12 @@ def _cudnn(
 ) -> Float[Array, "B Q H Dh"]:
     """Flash attention. Only masks that cuDNN knows by themselves are passed as flags; any other one as booleans."""
     Q, S = q.shape[1], k.shape[1]
-    by_flags = mask.is_prefix is None and mask.segment_ids is None and mask.query_offset is None and Q == S
+    arrays = (mask.is_prefix, mask.segment_ids, mask.query_offset, mask.query_rank, mask.memory)
+    by_flags = all(array is None for array in arrays) and Q == S
     if not by_flags and (Q % 2 or S % 2):
         raise UserError(
-            f"model.attention_backend: 'cudnn' needs even lengths with a mask of packed segments, prefixes or a cache, "
-            f"and the lengths are {Q} and {S}; make them even, or use 'xla'."
+            f"model.attention_backend: 'cudnn' needs even lengths with a mask of packed segments, prefixes, ranks, a "
+            f"memory or a cache, and the lengths are {Q} and {S}; make them even, or use 'xla'."
         )
     window = None if mask.window is None else (mask.window - 1, 0)  # cuDNN's left bound excludes the token itself
     return jax.nn.dot_product_attention(

@@ -6,8 +6,9 @@ A batch is a dict of arrays with standard names, rows first:
     segment_ids   [B, L] int32   0 = padding; 1, 2, ... = the documents packed into a row
     positions     [B, L] int32   position inside the segment, from 0
     row_ids       [B, 2] int32   (source id, example id): the address of a row's randomness
-    token_types   [B, L] int32   pairs and examples only: 0 for text A, 1 for text B
-    pair_labels   [B]    int32   pairs only: 0 = B follows A, 1 = B is from another document
+    token_types   [B, L] int32   pairs, examples and stream_pairs: 0 for text A, 1 for text B (stream_pairs: 2 for CLS)
+    pair_labels   [B]    int32   pairs and stream_pairs: 0 = B follows A in the text, 1 = it does not (`RowSpec.pairing`)
+    backward      [B]    bool    bidirectional streams only: the row reads its text from the end
     word_starts   [B, L] bool    on request: the token begins a word
     token_bytes   [B, L] int32   on request: UTF-8 bytes that the token stands for (0 for special tokens)
     labels        [B]    int32   examples only, on request: class of the document
@@ -22,12 +23,13 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Int, Key, UInt32
 
-__all__ = ["LABEL_FIELDS", "Batch", "Layout", "RowSpec", "Vocabulary", "dropout_seeds", "row_keys"]
+__all__ = ["LABEL_FIELDS", "Batch", "Layout", "Pairing", "RowSpec", "Vocabulary", "dropout_seeds", "row_keys"]
 
 Batch = dict[str, Array]
 LABEL_FIELDS = {"labels": "int32", "scores": "float32"}
 """Fields of a RowSpec that are stored with examples, one per row, and their types."""
-Layout = Literal["packed", "pairs", "stream", "single", "examples"]
+Layout = Literal["packed", "pairs", "stream", "single", "examples", "stream_pairs"]
+Pairing = Literal["next_sentence", "sentence_order"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,21 @@ class RowSpec:
     layout: `packed`: documents end to end, cut at row ends, segments told apart; `single`: one piece of one
       document per row, padded; `pairs`: two runs of sentences per row; `stream`: row b of successive batches
       continues the same text, so that a carried memory stays with its text; `examples`: one document per row, one
-      text or a pair of texts, cut to fit.
+      text or a pair of texts, cut to fit; `stream_pairs`: a stream whose rows are `reuse` tokens of the text, then two
+      stretches A and B of what follows, of which the next row's `reuse` tokens are the first (XLNet).
     length: raw tokens in a row, special tokens included.
     prefix, suffix: special ids put before and after each document (`packed`, `stream`) or each piece (`single`).
-      For `pairs` and `examples` the prefix opens the row and the suffix closes both A and B.
+      For `pairs` and `examples` the prefix opens the row and the suffix closes both A and B; for `stream_pairs` the
+      suffix is (SEP, CLS), of which SEP closes A and both close B.
     fields: further arrays wanted: `word_starts`, `token_bytes`, and with `examples` of labelled data `labels` or
       `scores`.
+    pairing: of `pairs`; what label 1 means: `next_sentence`: B is from another document (BERT); `sentence_order`: A
+      and B are swapped (ALBERT).
+    short_rate: of `pairs`; share of rows that are made shorter than `length`, by a length drawn evenly (BERT: 0.1).
+    reuse: of `stream_pairs`; tokens of the text by which each row goes on, at least 1.
+    bidirectional: of `stream` and `stream_pairs`; the second half of a source's streams reads its text backwards.
+    source: name of the source that the rows come from, where the data is a mixture of some; None: from all of them.
+    two_texts: of `examples`; every document must be a pair of texts.
     """
 
     layout: Layout
@@ -70,6 +81,12 @@ class RowSpec:
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     fields: tuple[str, ...] = ()
+    pairing: Pairing = "next_sentence"
+    short_rate: float = 0.0
+    reuse: int = 0
+    bidirectional: bool = False
+    two_texts: bool = False
+    source: str | None = None
 
 
 def row_keys(key: Key[Array, ""], row_ids: Int[Array, "B 2"], step: Int[Array, ""] | int) -> Key[Array, " B"]:

@@ -89,17 +89,21 @@ def difference(before: Experiment, after: Experiment) -> list[tuple[str, Any, An
     return list(differing_keys(_settings.plain(before), _settings.plain(after)))
 
 
-def schema() -> dict[str, Any]:
+def schema(kind: type[Experiment] = Experiment, title: str = "lmobj experiment") -> dict[str, Any]:
     """The JSON schema of config files, for completion and checks in editors.
+
+    Args:
+      kind: what a file describes; a subclass adds sections.
+      title: of the schema.
 
     Nothing is required in it, because a file may leave to its `base` what it does not say itself.
     """
-    described = pydantic.TypeAdapter(Experiment).json_schema(schema_generator=_Schema)
+    described = pydantic.TypeAdapter(kind).json_schema(schema_generator=_Schema)
     base = {"type": "string", "title": "Base", "description": "A YAML file that this one builds on, relative to it."}
     return {
         "$schema": GenerateJsonSchema.schema_dialect,
         **described,
-        "title": "lmobj experiment",
+        "title": title,
         "properties": {"base": base, **described["properties"]},
     }
 

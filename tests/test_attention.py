@@ -17,6 +17,8 @@ from lmobj.noise import dropout
 B, L, H, G, DH = 2, 6, 4, 2, 8
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2]])
 PREFIX = jnp.asarray([[1, 1, 0, 1, 0, 0], [1, 0, 1, 1, 1, 0]], bool)
+RANK = jnp.asarray([[-1, 2, 0, 5, 1, 4], [3, 3, 1, -1, 0, 2]])
+VALID = jnp.asarray([[False, True], [True, True]])
 MASKS = {
     "causal": masks.causal(),
     "bidirectional": masks.bidirectional(),
@@ -25,6 +27,9 @@ MASKS = {
     "packed bidirectional": masks.bidirectional().packed(SEGMENTS),
     "packed prefix": masks.prefix(PREFIX).packed(SEGMENTS),
     "packed window": masks.sliding_window(2).packed(SEGMENTS),
+    "permutation": masks.permutation(RANK, RANK, sees_self=True),
+    "permutation without self": masks.permutation(RANK, RANK).packed(SEGMENTS),
+    "memory": masks.bidirectional().with_memory(VALID),
 }
 
 
@@ -36,18 +41,28 @@ def inputs(dtype: Any = jnp.float32, groups: int = G, queries: int = L, width: i
 
 
 def reference(
-    q: Any, k: Any, v: Any, allowed: Any, *, soft_cap: float | None = None, scale: float | None = None
+    q: Any,
+    k: Any,
+    v: Any,
+    allowed: Any,
+    *,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    bias: Any = 0.0,
 ) -> np.ndarray:
-    """Attention of one row, head and query at a time, in float64."""
+    """Attention of one row, head and query at a time, in float64. A query that sees nothing gets zeros."""
     q, k, v, allowed = (np.asarray(x, np.float64) for x in (q, k, v, allowed))
+    bias = np.broadcast_to(np.asarray(bias, np.float64), (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     allowed = np.broadcast_to(allowed, (q.shape[0], 1, q.shape[1], k.shape[1]))
     out = np.zeros(q.shape)
     for b, i, h in np.ndindex(*q.shape[:3]):
         group = h // (q.shape[2] // k.shape[2])
-        logits = k[b, :, group] @ q[b, i, h] * (q.shape[3] ** -0.5 if scale is None else scale)
+        logits = k[b, :, group] @ q[b, i, h] * (q.shape[3] ** -0.5 if scale is None else scale) + bias[b, h, i]
         if soft_cap is not None:
             logits = soft_cap * np.tanh(logits / soft_cap)
         seen = allowed[b, 0, i] > 0
+        if not seen.any():
+            continue
         weights = np.exp(logits[seen] - logits[seen].max())
         out[b, i, h] = weights @ v[b, seen, group] / weights.sum()
     return out
@@ -69,6 +84,28 @@ def test_scale_and_soft_cap() -> None:
         y = attention(q, k, v, masks.causal(), scale=0.7, soft_cap=1.5)
         expected = reference(q, k, v, masks.causal().dense(L, L), scale=0.7, soft_cap=1.5)
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("rows", [1, B])
+def test_bias_is_added_after_the_scale_and_before_cap_and_mask(rows: int) -> None:
+    with jax.enable_x64(True):
+        q, k, v = inputs(jnp.float64)
+        bias = 3 * jax.random.normal(jax.random.key(1), (rows, H, L, L))
+        for mask in (masks.causal(), MASKS["permutation without self"]):
+            y = attention(q, k, v, mask, scale=0.7, soft_cap=2.5, bias=bias)
+            expected = reference(q, k, v, mask.dense(L, L), scale=0.7, soft_cap=2.5, bias=bias)
+            np.testing.assert_allclose(y, expected, rtol=0, atol=1e-14)
+
+
+def test_first_of_a_permutation_gets_nothing_and_leaks_nothing() -> None:
+    # Row 0: the token of rank -1 comes first. In row 1 it is the fourth. Neither sees anything, padding included.
+    q, k, v = inputs()
+    mask = masks.permutation(RANK, RANK)
+    rows, first = jnp.arange(B), jnp.asarray([0, 3])
+    y, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, mask)[rows, first], q, k, v)
+    np.testing.assert_array_equal(y, 0)
+    for gradient in pullback(jnp.ones_like(y)):
+        np.testing.assert_array_equal(gradient, 0)
 
 
 def test_cached_queries() -> None:
@@ -105,6 +142,8 @@ def test_dropout_is_on_the_probabilities() -> None:
     expected = dropout(plain.swapaxes(1, 2), 0.5, seeds, layer=3, site=0).swapaxes(1, 2)
     np.testing.assert_allclose(dropped, expected, rtol=1e-6)
     assert 0.2 < float(jnp.mean(dropped[plain > 0] == 0)) < 0.8
+    elsewhere = attention(q, k, v, masks.causal(), dropout_rate=0.5, dropout_seeds=seeds, layer=3, site=8)[..., :L]
+    assert bool(jnp.any((elsewhere == 0) != (dropped == 0))), "two sites drop out the same"
     off = attention(q, k, v, masks.causal(), dropout_rate=0.5)[..., :L]
     np.testing.assert_array_equal(off, plain)
 
@@ -138,6 +177,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         attention(q, k, v[:, :4], masks.causal())
     with pytest.raises(ValueError, match="'flash'"):
         attention(q, k, v, masks.causal(), backend="flash")  # type: ignore[arg-type]
+    for shape in ((H, L, L), (B + 1, H, L, L), (B, G, L, L), (1, H, L, L + 1)):
+        with pytest.raises(ValueError, match=r"expected \[2 or 1, 4, 6, 6\]"):
+            attention(q, k, v, masks.causal(), bias=jnp.zeros(shape))
 
 
 @pytest.mark.parametrize(
@@ -147,16 +189,18 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         ("soft cap is 5.0", "bfloat16", 8, {"soft_cap": 5.0}),
         ("the inputs are float32", "float32", 8, {}),
         ("head width .* it is 12", "bfloat16", 12, {}),
+        ("takes no bias here", "bfloat16", 8, {"bias": jnp.zeros((B, H, L, L))}),
+        ("cannot give zeros to a token that sees nothing", "bfloat16", 8, {"mask": masks.permutation(RANK, RANK)}),
         ("runs on NVIDIA GPUs and jax runs on cpu", "bfloat16", 8, {}),
     ],
 )
 def test_cudnn_refuses_what_it_cannot_do(why: str, dtype: str, width: int, options: dict[str, Any]) -> None:
     q, k, v = inputs(dtype, width=width)
     with pytest.raises(ValueError, match=why):
-        attention(q, k, v, masks.causal(), backend="cudnn", **options)
+        attention(q, k, v, **{"mask": masks.causal()} | options, backend="cudnn")
 
 
-@pytest.mark.parametrize("name", [*MASKS, "cached"])
+@pytest.mark.parametrize("name", [*(name for name in MASKS if not MASKS[name].may_be_empty), "cached"])
 def test_cudnn_gets_the_whole_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is handed to jax for cuDNN means the same as the mask: jax's own XLA path, given it, agrees with ours."""
     handed: dict[str, Any] = {}

@@ -4,7 +4,7 @@
     2  models
     3  adapt, objectives, interop, data
     4  evaluate, train (train may import evaluate)
-    5  config
+    5  config, bench (bench may import config)
     6  cli
 
 Read from the source by `ast`, so that imports inside functions count too.
@@ -23,25 +23,28 @@ import pytest
 _ROOT = pathlib.Path(__file__).parent.parent
 _FLOORS = {
     **dict.fromkeys(
-        ("errors", "batch", "masks", "attention", "partition", "compat", "losses", "noise", "_yaml", "_cache"),
+        ("errors", "batch", "masks", "attention", "partition", "compat", "losses", "noise")
+        + ("_yaml", "_cache", "_shares"),
         1,
     ),
     "models": 2,
     **dict.fromkeys(("adapt", "objectives", "interop", "data"), 3),
     **dict.fromkeys(("evaluate", "train"), 4),
-    **dict.fromkeys(("config", "_settings"), 5),
+    **dict.fromkeys(("config", "_settings", "bench"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 """`_yaml` reads text for `config` and `train` and knows nothing else."""
 
-_SIDEWAYS = {("train", "evaluate"), ("__main__", "cli"), ("config", "_settings")}
+_SIDEWAYS = {("train", "evaluate"), ("__main__", "cli"), ("config", "_settings"), ("bench", "config"),
+             ("bench", "_settings")}  # fmt: skip
 """Which rooms of one floor may import one another, from the fourth up; below, a floor is free within itself."""
 
 _FREE = {"", "__version__"}
 """`lmobj` itself: its version alone."""
 
 _HEAVY = {"flax", "optax", "orbax", "grain", "tensorflow_datasets", "sentencepiece", "array_record", "pydantic", "yaml",
-          "typer", "rich", "matplotlib", "jinja2", "tensorboardX", "safetensors", "torch", "transformers"}  # fmt: skip
+          "typer", "rich", "matplotlib", "jinja2", "tensorboardX", "safetensors", "torch", "transformers",
+          "sklearn"}  # fmt: skip
 _FLOOR_1_MAY = {"_yaml": {"yaml"}}
 
 

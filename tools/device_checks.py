@@ -298,8 +298,8 @@ def _self_checks(name: str, run: Callable[[str, str, bool], tuple[Any, Any]]) ->
 _PLAIN = ("attention_dropout", "attention_soft_cap")
 
 
-def _graph(builder: Any, vocab: Any, dtype: str, backend: str, plain: bool) -> Any:
-    """The graph definition of a family in some variant; nothing is initialised."""
+def _abstract(builder: Any, vocab: Any, dtype: str, backend: str, plain: bool) -> Any:
+    """A model of a family in some variant; nothing is initialised."""
     changes: Arrays = {"dtype": dtype, "param_dtype": _parameter_dtype(dtype)}
     if hasattr(builder, "attention_backend"):
         changes["attention_backend"] = backend
@@ -308,7 +308,16 @@ def _graph(builder: Any, vocab: Any, dtype: str, backend: str, plain: bool) -> A
     elif backend != "xla":
         raise ValueError(f"a {builder.name} has no attention")
     config = dataclasses.replace(builder, **changes)
-    return nnx.split(jax.eval_shape(lambda: config.build(vocab, nnx.Rngs(params=0))))[0]
+    return nnx.eval_shape(lambda: config.build(vocab, nnx.Rngs(params=0)))
+
+
+def _graphs(case: Any, vocab: Any, dtype: str, backend: str, plain: bool) -> dict[str, Any]:
+    """The graph definitions of an objective's models, its heads among them."""
+    built = {role: _abstract(builder, vocab, dtype, backend, plain) for role, builder in case.builders.items()}
+    if "heads" in case.objective.roles:
+        style = built["model"].head_style
+        built["heads"] = nnx.eval_shape(lambda: case.objective.build_heads(style, vocab, nnx.Rngs(params=0)))
+    return {role: nnx.split(model)[0] for role, model in built.items()}
 
 
 def _parameter_dtype(dtype: str) -> str:
@@ -335,7 +344,7 @@ def family_checks() -> Iterator[Check]:
         def run(
             dtype: str, backend: str, plain: bool, name: str = name, builder: Any = builder, weight: Any = weight
         ) -> tuple[Any, Any]:
-            graph = _graph(builder, families.VOCAB, dtype, backend, plain)
+            graph = nnx.split(_abstract(builder, families.VOCAB, dtype, backend, plain))[0]
             mask = masks.causal() if name in families.CAUSAL else masks.bidirectional()
             precise = _parameter_dtype(dtype)
 
@@ -362,27 +371,28 @@ def objective_checks() -> Iterator[Check]:
 
 def _objective_checks(name: str, case: Any, contract: Any) -> Iterator[Check]:
     objective, vocab = case.objective, contract.VOCAB
-    batch = jax.device_get(contract.make_batch())
+    batch = jax.device_get(case.make())
     params = functools.cache(lambda: jax.device_get(case.models("float32")[1]))
 
     def graphs(dtype: str, backend: str, plain: bool) -> Any:
-        return {role: _graph(builder, vocab, dtype, backend, plain) for role, builder in case.builders.items()}
+        return _graphs(case, vocab, dtype, backend, plain)
 
     def models(graphs: Any, values: Any) -> Any:
         return {role: nnx.merge(graph, values[role]) for role, graph in graphs.items()}
 
-    def context() -> tuple[Any, objectives.Context, Any]:
+    def context(models: Any) -> tuple[Any, objectives.Context, Any]:
         key = jax.random.key(3, impl="threefry2x32")
-        noise_keys, model_keys = objectives.step_keys(key, jnp.asarray(batch["row_ids"]), 0)
-        own = objective.init(key, len(batch["tokens"]))
+        noise_keys, model_keys = objectives.step_keys(key, jax.tree.map(jnp.asarray, objectives.row_ids_of(batch)), 0)
+        own = objective.init(models, key, len(jax.tree.leaves(model_keys)[0]))
         return noise_keys, objectives.Context(model_keys, 0, vocab, own.params), own.carried
 
     def corrupted() -> tuple[Any, Any]:
         graph = graphs("float32", "xla", False)
 
         def corrupt(values: Any, rows: Any) -> Any:
-            noise_keys, ctx, _ = context()
-            return objective.corrupt(noise_keys, objective.prepare(models(graph, values), rows, ctx), ctx)
+            given = models(graph, values)
+            noise_keys, ctx, _ = context(given)
+            return objective.corrupt(noise_keys, objective.prepare(given, rows, ctx), ctx)
 
         return jax.device_get(jax.jit(corrupt)(params(), batch)), ()
 
@@ -396,8 +406,9 @@ def _objective_checks(name: str, case: Any, contract: Any) -> Iterator[Check]:
         graph, precise = graphs(dtype, backend, plain), _parameter_dtype(dtype)
 
         def total(values: Any, rows: Any) -> Any:
-            _, ctx, carried = context()
-            terms = objective.terms(models(graph, values), rows, carried, ctx)
+            given = models(graph, values)
+            _, ctx, carried = context(given)
+            terms = objective.terms(given, rows, carried, ctx)
             return objectives.total_loss(terms, objectives.denominators(objective, rows), objective.coefficients)
 
         return jax.jit(jax.value_and_grad(total))(_floats(params(), precise), _floats(example(), precise))

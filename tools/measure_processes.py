@@ -146,7 +146,7 @@ def child(trace: str, fault: str, arguments: list[str]) -> int:
         if split != "train" or (start, steps) == (0, 1):  # an evaluation, or the look at one batch before training
             yield from found
             return
-        local = range(self.config.train.batch_size) if self.local_rows is None else self.local_rows.tolist()
+        local = range(self.config.train.batch_size) if self.local_rows[""] is None else self.local_rows[""].tolist()
         for step, batch in enumerate(found, start + 1):
             rows = [
                 (row, *ids, zlib.crc32(tokens.tobytes()))

@@ -88,6 +88,19 @@ def resume(run: Run, overrides: Overrides = None, quiet: Quiet = False) -> None:
     fit(experiment, resume=True, quiet=quiet)
 
 
+@app.command(rich_help_panel="Runs")
+def bench(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Compare several ways to train on one budget, with several seeds; the same command again goes on after a stop.
+
+    Example: lmobj bench configs/bench/quick.yaml seeds=[0]
+    """
+    from lmobj.bench import load, run
+
+    result = run(load(config, overrides or ()), quiet=quiet)
+    if not quiet:
+        _print_table(result.header, result.rows)
+
+
 @app.command("eval", rich_help_panel="Runs")
 @in_several_processes
 def evaluate(
@@ -116,7 +129,20 @@ def evaluate(
 @app.command(rich_help_panel="Runs")
 def generate(
     run: Run,
-    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="More prompts: a line each, or .jsonl or .tsv.")
+    ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Shown before each prompt: input<TAB>output lines, or .jsonl."),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Draw this many examples for each prompt; all, in order.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Text before the examples.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help=r'How an example is written, \n a line break; "{input} => {output}".')
+    ] = None,
+    separator: Annotated[str | None, typer.Option(help=r"Stands between examples, and ends an answer; \n.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--tokens", help="Most tokens to write; 128.")] = None,
     num_samples: Annotated[int | None, typer.Option("--samples", help="Texts per prompt; 1.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Divides the logits; 0: always the likeliest; 1.")] = None,
@@ -135,11 +161,15 @@ def generate(
     summary: Annotated[bool, typer.Option("--summary", help="Print how repetitive and diverse the texts are.")] = False,
     best: Best = False,
 ) -> None:
-    """Continue a prompt with a causal model.
+    """Continue a prompt with a causal model, or answer it after examples of a task.
 
     Example: lmobj generate runs/quickstart --prompt "The function returns" --temperature 0.8 --top-p 0.95
+
+    Example: lmobj generate runs/gpt --examples french.tsv --shots 8 --prompt "cheese" --temperature 0 --tokens 16
     """
     from lmobj.cli._decoding import print_continuations, print_statistics, settings
+    from lmobj.cli._examples import few_shot, read_prompts, tell_left_out
+    from lmobj.errors import UserError
     from lmobj.train.trained import on_one_device, open_run
 
     chosen = settings(
@@ -154,11 +184,21 @@ def generate(
         },
         {"max_new_tokens": max_new_tokens, "num_samples": num_samples},
     )
+    given = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
+    if not given:
+        raise UserError("there is no prompt; accepted: --prompt TEXT, or --prompts FILE.")
+    task = few_shot(examples, shots, instruction, template, separator)
     experiment = _experiment(run)
     trained = open_run(on_one_device(experiment), best=best)
     _tell_weights(experiment)
-    texts = trained.continue_text(prompt, chosen)
-    print_continuations(prompt, texts, trained.tokenizer, logprobs=logprobs)
+    if task is None:
+        texts = trained.continue_text(given, chosen)
+        shown = [text + "\n" for text in given] if trained.writes_second_texts else given
+    else:
+        answers = trained.answer(*task, given, chosen, shots=shots)
+        tell_left_out(given, answers)
+        texts, shown = answers.texts, [task[0].query(text) for text in given]
+    print_continuations(shown, texts, trained.tokenizer, logprobs=logprobs)
     if summary:
         print_statistics(texts)
 
@@ -222,10 +262,14 @@ def config(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel="Configs")
-def schema() -> None:
+def schema(
+    bench: Annotated[bool, typer.Option("--bench", help="Of benchmarks' configs.")] = False,
+) -> None:
     """Print the JSON schema of configs, which editors use for completion."""
-    from lmobj.config import schema
-
+    if bench:
+        from lmobj.bench import schema
+    else:
+        from lmobj.config import schema
     print(json.dumps(schema(), indent=2, ensure_ascii=False))
 
 

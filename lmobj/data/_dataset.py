@@ -17,6 +17,7 @@ from lmobj.data._epochs import Epochs
 from lmobj.data._mixture import PERIOD, InOrder, Mixture
 from lmobj.data._prepared import SPLITS, Prepared
 from lmobj.data._rows import HostBatch, Indices, Rows, RowSource
+from lmobj.data._stream_plan import STREAM_LAYOUTS
 from lmobj.data._tokenizer import Tokenizer
 from lmobj.errors import UserError
 
@@ -106,16 +107,23 @@ class Dataset:
 
         Raises:
           UserError: an empty split, a batch size below 1, a length with no room for text, labels that the data does
-            not have, (pairs) no document with two sentences, or (stream) fewer rows in a batch than sources.
+            not have, (pairs) no document with two sentences or none to pair it with, or (streams) fewer rows in a batch than sources, an odd
+            number of them to be read in both directions, or no room for the two texts of a row.
         """
         self._check(spec, batch_size)
         once = split != "train"
-        names = [name for name, source in self._sources.items() if len(source.store(split).lengths) > 0]
+        asked = list(self._sources) if spec.source is None else [spec.source]
+        if spec.source not in (None, *self._sources):
+            raise UserError(
+                f"RowSpec.source is {spec.source!r}; accepted: a source of the data, "
+                f"{', '.join(filter(None, self._sources)) or 'which has a single one, so null'}."
+            )
+        names = [name for name in asked if len(self._sources[name].store(split).lengths) > 0]
         if not names:
             raise UserError(
                 f"the {split} split holds no documents; accepted: a larger data.{split} share, or more documents."
             )
-        streams = spec.layout == "stream" and not once
+        streams = spec.layout in STREAM_LAYOUTS and not once
         if streams and batch_size < len(names):
             raise UserError(
                 f"train.batch_size is {batch_size}, but data.source.sources has {len(names)} sources "
@@ -171,6 +179,11 @@ class Dataset:
     def _row_source(self, name: str, spec: RowSpec, split: str, seed: int, streams: int) -> RowSource:
         source = self._sources[name]
         store = source.store(split)
+        if spec.two_texts and store.pair_starts is None:
+            raise UserError(
+                f"the objective reads pairs of texts, and the documents of {_key(name)} are single texts; accepted: a "
+                f"source of records with {_key(name)}.pair: COLUMN."
+            )
         try:
             epochs = Epochs(
                 store, spec, fingerprint=source.fingerprint, seed=seed, streams=streams, once=split != "train"

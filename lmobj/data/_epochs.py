@@ -1,4 +1,8 @@
-"""The rows of one source under one RowSpec, epoch after epoch: row r belongs to epoch r // per_epoch."""
+"""The rows of one source under one RowSpec, epoch after epoch: row r belongs to epoch r // per_epoch.
+
+Pairs are drawn anew in each epoch, and their number differs a little. An epoch has as many rows as the first all the
+same: of one with more rows some are passed over, evenly drawn, and of one with fewer some are read twice.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,22 @@ import threading
 from collections import OrderedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmobj.batch import RowSpec
+from lmobj.data._pairs_plan import PairsPlan, Sentences
 from lmobj.data._plan import (
     ExamplesPlan,
     Fragments,
     Ints,
     PackedPlan,
-    PairsPlan,
     Plan,
-    Sentences,
     SinglePlan,
-    StreamPlan,
     epoch_key,
     shuffle_rows,
 )
 from lmobj.data._shards import TokenStore
+from lmobj.data._stream_plan import STREAM_LAYOUTS, StreamPairsPlan, StreamPlan, reads_backward
 
 __all__ = ["Epochs"]
 
@@ -30,7 +34,7 @@ class Epochs:
     """Looks up rows of one split of one source. The training split repeats, in each epoch in an order of its own."""
 
     def __init__(self, store: TokenStore, spec: RowSpec, *, fingerprint: str, seed: int, streams: int, once: bool):
-        """streams: rows of this source in a batch, where the layout is `stream`. once: there is one epoch, in the
+        """streams: rows of this source in a batch, where the layout is of streams. once: there is one epoch, in the
         stored order."""
         self.store = store
         self._spec = spec
@@ -41,8 +45,10 @@ class Epochs:
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._lock = threading.Lock()
         self._fixed = self._fixed_plan()
+        pairs = spec.layout in ("pairs", "stream_pairs")
+        self._sentences = Sentences(store.sentence_ends, store.sentence_counts) if pairs else None
         self.per_epoch = self._plan(0).rows
-        """Rows in an epoch."""
+        """Rows in an epoch, the same in every epoch."""
 
     def lookup(self, rows: Ints) -> Fragments:
         """The fragments of these rows, whose `row` counts within `rows`."""
@@ -52,12 +58,16 @@ class Epochs:
         epochs = rows // self.per_epoch
         for epoch in np.unique(epochs).tolist():
             here = np.flatnonzero(epochs == epoch)
-            local = rows[here] - epoch * self.per_epoch
-            if self._spec.layout != "stream":
-                local = shuffle_rows(local, self.per_epoch, self._key(epoch, "rows"))
-            fragments = self._plan(epoch).lookup(local)
+            local, plan = rows[here] - epoch * self.per_epoch, self._plan(epoch)
+            if self._spec.layout not in STREAM_LAYOUTS:
+                local = shuffle_rows(local % plan.rows, plan.rows, self._key(epoch, "rows"))
+            fragments = plan.lookup(local)
             found.append(fragments._replace(row=here[fragments.row]))
         return Fragments.joined(found)
+
+    def backward(self, rows: Ints) -> NDArray[np.bool_]:
+        """Whether each of these rows reads its text backwards."""
+        return reads_backward(rows, self._spec, self._streams)
 
     def _fixed_plan(self) -> Plan | None:
         """The part of the plan that is the same in every epoch, if any."""
@@ -66,8 +76,6 @@ class Epochs:
             return SinglePlan(store.lengths, spec)
         if spec.layout == "examples":
             return ExamplesPlan(store.lengths, store.pair_starts, spec)
-        if spec.layout == "pairs":
-            return PairsPlan(Sentences(store.sentence_ends, store.sentence_counts), spec)
         return None
 
     def _plan(self, epoch: int) -> Plan:
@@ -81,13 +89,16 @@ class Epochs:
             return self._plans[epoch]
 
     def _make_plan(self, epoch: int) -> Plan:
-        if isinstance(self._fixed, PairsPlan):
-            return self._fixed.at(self._key(epoch, "pairs"))
+        spec, sentences, lengths = self._spec, self._sentences, self.store.lengths
+        order = None if self._once else self._key(epoch, "documents")
+        if spec.layout == "stream_pairs" and sentences is not None:
+            return StreamPairsPlan(lengths, sentences, spec, self._streams, order, self._key(epoch, "pairs"))
+        if sentences is not None:
+            return PairsPlan(sentences, spec, self._key(epoch, "pairs"))
         if self._fixed is not None:
             return self._fixed
-        key = None if self._once else self._key(epoch, "documents")
-        packed = PackedPlan(self.store.lengths, self._spec, key)
-        return StreamPlan(packed, self._streams) if self._spec.layout == "stream" else packed
+        packed = PackedPlan(lengths, spec, order)
+        return StreamPlan(packed, spec, self._streams) if spec.layout == "stream" else packed
 
     def _key(self, epoch: int, purpose: str) -> int:
         return epoch_key(self._fingerprint, self._seed, epoch, purpose)

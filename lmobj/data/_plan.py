@@ -8,19 +8,18 @@ A plan is a table over one epoch. `lookup(rows)` turns row numbers into fragment
     head, tail       (from, count) of the special tokens of `prefix` before and of `suffix` after those tokens
     segment          1, 2, ... in its row
     position         position of its first token in the segment (0 unless it continues a pair)
-    token_type       0, or 1 for the second part of a pair
+    token_type       0, or 1 for the second part of a pair, 2 for a CLS at the end
+    pair_label       of the pair that it is a part of (`lmobj.batch`), else 0
 
-Layouts: packed and stream lay the documents of the epoch (in its permutation) end to end, each with its prefix and
-suffix, and cut the result into rows; single cuts each document into pieces of its own; pairs takes runs of sentences;
-examples takes each document whole, or what fits of it.
+Layouts: packed lays the documents of the epoch (in its permutation) end to end, each with its prefix and suffix, and
+cuts the result into rows; single cuts each document into pieces of its own; examples takes each document whole, or what
+fits of it. Pairs of runs of sentences are planned in `_pairs_plan`, streams in `_stream_plan`.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -34,11 +33,9 @@ __all__ = [
     "ExamplesPlan",
     "Fragments",
     "PackedPlan",
-    "PairsPlan",
     "Plan",
-    "Sentences",
     "SinglePlan",
-    "StreamPlan",
+    "Stretches",
     "epoch_key",
     "shuffle_rows",
 ]
@@ -65,6 +62,7 @@ class Fragments(NamedTuple):
     segment: Ints
     position: Ints
     token_type: Ints
+    pair_label: Ints
 
     @classmethod
     def joined(cls, parts: Sequence[Fragments]) -> Fragments:
@@ -72,11 +70,19 @@ class Fragments(NamedTuple):
         return parts[0] if len(parts) == 1 else cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
+class Stretches(NamedTuple):
+    """The tokens document[offset : offset + length], one stretch per row."""
+
+    document: Ints
+    offset: Ints
+    length: Ints
+
+
 class Plan(Protocol):
     """One epoch of rows."""
 
     rows: int
-    """Rows in an epoch; the same in every epoch."""
+    """Rows in the epoch."""
 
     def lookup(self, rows: Ints) -> Fragments:
         """The fragments of these rows. A row beyond the last has none."""
@@ -107,7 +113,7 @@ def permutation(count: int, key: int) -> NDArray[np.int32]:
         block = entries[start : start + _HASH_BLOCK]
         index = block.copy()
         block ^= np.uint64(key)
-        _hash(block)
+        hashed(block)
         block <<= bits
         block |= index
     entries.sort()
@@ -115,7 +121,7 @@ def permutation(count: int, key: int) -> NDArray[np.int32]:
     return entries.astype(np.int32)
 
 
-def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def hashed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 on the golden-ratio sequence (Steele et al., 2014); works in place."""
     values += np.uint64(0x9E3779B97F4A7C15)
     values ^= values >> np.uint64(30)
@@ -126,7 +132,7 @@ def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values
 
 
-def _offsets(counts: NDArray[np.integer]) -> Ints:
+def offsets_of(counts: NDArray[np.integer]) -> Ints:
     """[N + 1] offsets at which entries with these counts begin when laid end to end."""
     offsets = np.empty(len(counts) + 1, np.int64)
     offsets[0] = 0
@@ -150,15 +156,31 @@ class PackedPlan:
         """lengths: tokens per document, [N]; key: of the epoch's permutation, or None for the stored order."""
         self._spec = spec
         self._specials = len(spec.prefix) + len(spec.suffix)
-        self._order = permutation(len(lengths), key) if key is not None else None
-        ordered = lengths if self._order is None else lengths[self._order]
-        self._starts = _offsets(ordered + self._specials)
-        self.rows = int(-(-self._starts[-1] // spec.length))
+        self.order = permutation(len(lengths), key) if key is not None else None
+        """[N] the documents in the order of the text; None for the stored order."""
+        ordered = lengths if self.order is None else lengths[self.order]
+        self.starts = offsets_of(ordered + self._specials)
+        """[N + 1] where each of them begins in the text, with its prefix, and where the text ends."""
+        self.rows = int(-(-self.starts[-1] // spec.length))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text."""
+        return int(self.starts[-1])
 
     def lookup(self, rows: Ints) -> Fragments:
-        length, starts = self._spec.length, self._starts
-        begin = np.minimum(rows * length, starts[-1])
-        end = np.minimum(begin + length, starts[-1])
+        begin = rows * self._spec.length
+        return self.stretches(begin, begin + self._spec.length)
+
+    def locate(self, places: Ints) -> tuple[Ints, Ints, Ints]:
+        """(place in the order, document, tokens into it and its prefix) of places in the text; the last has its end."""
+        slot = np.minimum(np.searchsorted(self.starts, places, side="right") - 1, len(self.starts) - 2)
+        return slot, slot if self.order is None else self.order[slot].astype(np.int64), places - self.starts[slot]
+
+    def stretches(self, begin: Ints, end: Ints) -> Fragments:
+        """The tokens [begin, end) of the text, one stretch per row, cut at the text's end."""
+        starts = self.starts
+        begin, end = np.minimum(begin, starts[-1]), np.minimum(end, starts[-1])
         first = np.searchsorted(starts, begin, side="right") - 1
         count = np.where(end > begin, np.searchsorted(starts, end, side="left") - first, 0)
         row, nth = ragged(count)
@@ -174,7 +196,7 @@ class PackedPlan:
         return Fragments(
             row=row,
             column=start + low - begin[row],
-            document=slot if self._order is None else self._order[slot].astype(np.int64),
+            document=slot if self.order is None else self.order[slot].astype(np.int64),
             offset=offset,
             length=np.clip(high - head, 0, raw) - offset,
             head_from=np.minimum(low, head),
@@ -184,23 +206,8 @@ class PackedPlan:
             segment=nth + 1,
             position=zero,
             token_type=zero,
+            pair_label=zero,
         )
-
-
-class StreamPlan:
-    """The packed rows dealt to `streams` contiguous streams: row b of step s + 1 continues row b of step s.
-
-    Row s * streams + b of the epoch is packed row b * steps + s; streams that end early continue with empty rows.
-    """
-
-    def __init__(self, packed: PackedPlan, streams: int):
-        self._packed = packed
-        self._streams = streams
-        self._steps = -(-packed.rows // streams)
-        self.rows = self._steps * streams
-
-    def lookup(self, rows: Ints) -> Fragments:
-        return self._packed.lookup((rows % self._streams) * self._steps + rows // self._streams)
 
 
 class SinglePlan:
@@ -210,7 +217,7 @@ class SinglePlan:
         self._spec = spec
         self._lengths = lengths
         self._room = room(spec, 1)
-        self._starts = _offsets(-(-lengths // self._room))
+        self._starts = offsets_of(-(-lengths // self._room))
         self.rows = int(self._starts[-1])
 
     def lookup(self, rows: Ints) -> Fragments:
@@ -219,84 +226,6 @@ class SinglePlan:
         document = np.searchsorted(self._starts, asked, side="right") - 1
         offset = (asked - self._starts[document]) * self._room
         return _one_part(self._spec, row, document, offset, np.minimum(self._lengths[document] - offset, self._room))
-
-
-@dataclass(frozen=True)
-class Sentences:
-    """Sentences of every document, laid end to end.
-
-    ends: [S] offset in its document after each sentence. counts: [N] sentences per document.
-    """
-
-    ends: NDArray[np.integer]
-    counts: NDArray[np.integer]
-
-
-class PairsPlan:
-    """Two runs of consecutive sentences of one document per row: [prefix] A [suffix] B [suffix], B following A.
-
-    A document is divided greedily into groups of sentences that fill a row, at least two in each; where one sentence
-    would be left over at the end, the group before gives it company (or, having only two itself, lends its last). A
-    and B divide a group at a sentence drawn by the epoch's key. Two sentences too long for the row are trimmed as BERT
-    does, the longer first, at the sides that do not touch: A loses its beginning, B its end. Documents of one sentence
-    have no pair. (Devlin et al., 2019, section 3.1 and appendix A.2. The random second segments of NSP are not drawn
-    here.)
-    """
-
-    def __init__(self, sentences: Sentences, spec: RowSpec):
-        self._spec = spec
-        self._room = room(spec, 2)
-        self._ends = sentences.ends
-        self._first = _offsets(sentences.counts)
-        self._begin, self._end = self._divide()
-        self.rows = len(self._begin)
-        self.key = 0
-        if self.rows == 0:
-            raise UserError(
-                "the objective reads pairs of sentences, but no document of the corpus has two; accepted: documents of "
-                "two or more sentences or lines (data.source.documents: file joins the lines of a file)."
-            )
-
-    def at(self, key: int) -> PairsPlan:
-        """This plan with the dividing sentences drawn by `key`."""
-        plan = copy.copy(self)
-        plan.key = key
-        return plan
-
-    def lookup(self, rows: Ints) -> Fragments:
-        row = np.flatnonzero(rows < self.rows)
-        asked = rows[row]
-        begin, end = self._begin[asked], self._end[asked]
-        draw = _hash(asked.astype(np.uint64) ^ np.uint64(self.key))
-        middle = begin + 1 + (draw % (end - begin - 1).astype(np.uint64)).astype(np.int64)
-        document = np.searchsorted(self._first, begin, side="right") - 1
-        opening = np.where(begin == self._first[document], 0, self._ends[begin - 1]).astype(np.int64)
-        border, closing = self._ends[middle - 1].astype(np.int64), self._ends[end - 1].astype(np.int64)
-        length_a, length_b = _trim(border - opening, closing - border, self._room)
-        return _two_parts(self._spec, row, document, border - length_a, length_a, border, length_b)
-
-    def _divide(self) -> tuple[Ints, Ints]:
-        """(begin, end) sentence of each group, counted over the corpus, in order."""
-        last = self._first[1:]
-        tokens = np.where(last > self._first[:-1], self._ends[np.maximum(last - 1, 0)], 0)
-        base = _offsets(tokens)[:-1]
-        document = np.repeat(np.arange(len(last)), np.diff(self._first))
-        ends = self._ends + base[document]
-        starts = np.concatenate([ends[:1] * 0, ends[:-1]])
-        sentence = np.arange(len(ends))
-        following = np.searchsorted(ends, starts + self._room, side="right")
-        following = np.minimum(np.maximum(following, sentence + 2), last[document])
-        following -= (last[document] - following == 1) & (following - sentence > 2)
-        begins: list[Ints] = []
-        current = self._first[:-1][np.diff(self._first) >= 2]
-        while len(current):  # one round per group of the longest document
-            begins.append(current)
-            current = following[current]
-            current = current[current < len(ends)]
-            current = current[self._first[document[current]] < current]
-        begin = np.sort(np.concatenate(begins)) if begins else np.zeros(0, np.int64)
-        end = following[begin]
-        return begin - (end - begin == 1), end
 
 
 class ExamplesPlan:
@@ -321,8 +250,9 @@ class ExamplesPlan:
         if self._pair_starts is None:
             return _one_part(self._spec, row, document, zero, np.minimum(length, self._room))
         border = self._pair_starts[document].astype(np.int64)
-        length_a, length_b = _trim(border, length - border, self._room)
-        return _two_parts(self._spec, row, document, zero, length_a, border, length_b)
+        length_a, length_b = trim(border, length - border, self._room)
+        a, b = Stretches(document, zero, length_a), Stretches(document, border, length_b)
+        return two_parts(self._spec, row, a, b, pair_label=zero)
 
 
 def _one_part(spec: RowSpec, row: Ints, document: Ints, offset: Ints, length: Ints) -> Fragments:
@@ -341,22 +271,21 @@ def _one_part(spec: RowSpec, row: Ints, document: Ints, offset: Ints, length: In
         segment=one,
         position=zero,
         token_type=zero,
+        pair_label=zero,
     )
 
 
-def _two_parts(
-    spec: RowSpec, row: Ints, document: Ints, offset_a: Ints, length_a: Ints, offset_b: Ints, length_b: Ints
-) -> Fragments:
-    """Rows of two stretches of a document each: [prefix] A [suffix] B [suffix], together one segment."""
+def two_parts(spec: RowSpec, row: Ints, a: Stretches, b: Stretches, pair_label: Ints) -> Fragments:
+    """Rows of two stretches each: [prefix] A [suffix] B [suffix], together one segment."""
     prefix, suffix = len(spec.prefix), len(spec.suffix)
-    zero, one = np.zeros_like(offset_a), np.ones_like(offset_a)
-    column_b = prefix + length_a + suffix
+    zero, one = np.zeros_like(a.offset), np.ones_like(a.offset)
+    column_b = prefix + a.length + suffix
     return Fragments(
         row=_interleave(row, row),
         column=_interleave(zero, column_b),
-        document=_interleave(document, document),
-        offset=_interleave(offset_a, offset_b),
-        length=_interleave(length_a, length_b),
+        document=_interleave(a.document, b.document),
+        offset=_interleave(a.offset, b.offset),
+        length=_interleave(a.length, b.length),
         head_from=_interleave(zero, zero),
         head_count=_interleave(one * prefix, zero),
         tail_from=_interleave(zero, zero),
@@ -364,10 +293,11 @@ def _two_parts(
         segment=_interleave(one, one),
         position=_interleave(zero, column_b),
         token_type=_interleave(zero, one),
+        pair_label=_interleave(pair_label, pair_label),
     )
 
 
-def _trim(length_a: Ints, length_b: Ints, budget: int) -> tuple[Ints, Ints]:
+def trim(length_a: Ints, length_b: Ints, budget: int) -> tuple[Ints, Ints]:
     """Lengths after tokens were taken from the longer of A and B (B when equal) until both fit the budget."""
     fits = length_a + length_b <= budget
     trimmed = np.minimum(length_a, np.maximum(budget - length_b, budget - budget // 2))

@@ -104,39 +104,43 @@ class Rows:
 
     def _assemble(self, rows: Ints) -> HostBatch:
         source, number = self._order.locate(rows)
+        backward = np.zeros(len(rows), np.bool_)
         found: list[tuple[RowSource, Fragments]] = []
         for index in np.unique(source).tolist():
             here = np.flatnonzero(source == index)
             at = self._sources[index].epochs.lookup(number[here])
             found.append((self._sources[index], at._replace(row=here[at.row])))
+            backward[here] = self._sources[index].epochs.backward(number[here])
         at = Fragments.joined([part for _, part in found])
         spec, shape = self.spec, (len(rows), self.spec.length)
         tokens = np.full(shape, self._tokenizer.vocabulary.pad, np.int32)
         segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        begin = at.row * spec.length + at.column
-        text = begin + at.head_count
-        place = _spread(text, at.length)
-        tokens.reshape(-1)[place] = np.concatenate(
+        first, way = _first_places(at, backward, spec.length)
+        text = first + way * at.head_count
+        tokens.reshape(-1)[_spread(text, at.length, way)] = np.concatenate(
             [source.epochs.store.gather(part.document, part.offset, part.length) for source, part in found]
         )
-        _put_specials(tokens, spec.prefix, begin, at.head_from, at.head_count)
-        _put_specials(tokens, spec.suffix, text + at.length, at.tail_from, at.tail_count)
+        _put_specials(tokens, spec.prefix, first, at.head_from, at.head_count, way)
+        _put_specials(tokens, spec.suffix, text + way * at.length, at.tail_from, at.tail_count, way)
         fragment, nth = ragged(at.head_count + at.length + at.tail_count)
-        where = begin[fragment] + nth
+        where = (at.row * spec.length + at.column)[fragment] + nth
         segments.reshape(-1)[where] = at.segment[fragment]
         positions.reshape(-1)[where] = at.position[fragment] + nth
         ids = np.array([source.number for source in self._sources])
         # 31 bits of a row's number address its randomness; the step is folded in beside them.
         row_ids = np.stack([ids[source], number & 0x7FFFFFFF], axis=1).astype(np.int32)
         batch: HostBatch = {"tokens": tokens, "segment_ids": segments, "positions": positions, "row_ids": row_ids}
-        if spec.layout in ("pairs", "examples"):
+        if spec.layout in ("pairs", "examples", "stream_pairs"):
             token_types = np.zeros(shape, np.int32)
             token_types.reshape(-1)[where] = at.token_type[fragment]
             batch["token_types"] = token_types
-        if spec.layout == "pairs":
+        if spec.layout in ("pairs", "stream_pairs"):
             batch["pair_labels"] = np.zeros(len(rows), np.int32)
+            batch["pair_labels"][at.row] = at.pair_label
+        if spec.bidirectional:
+            batch["backward"] = backward
         if "word_starts" in spec.fields:
-            batch["word_starts"] = self._word_starts(tokens, segments, found)
+            batch["word_starts"] = self._word_starts(tokens, segments, found, backward)
         if "token_bytes" in spec.fields:
             batch["token_bytes"] = np.where(segments > 0, self._tokenizer.piece_bytes[tokens], 0).astype(np.int32)
         for name, dtype in LABEL_FIELDS.items():
@@ -145,19 +149,31 @@ class Rows:
         return batch
 
     def _word_starts(
-        self, tokens: NDArray[np.int32], segments: NDArray[np.int32], found: list[tuple[RowSource, Fragments]]
+        self,
+        tokens: NDArray[np.int32],
+        segments: NDArray[np.int32],
+        found: list[tuple[RowSource, Fragments]],
+        backward: NDArray[np.bool_],
     ) -> NDArray[np.bool_]:
         """By the tokenizer's rule, but for text whose words were found when it was prepared. The first token of such a
-        fragment begins a word too: it comes after a special token, or is the first of its segment."""
-        starts = self._tokenizer.word_starts(tokens, segments)
+        fragment begins a word too: it comes after a special token, or is the first of its segment.
+
+        The rule is one of text read forwards. Read backwards, a token begins a word where it is first in its row or
+        segment, or where the one just read, which comes after it in the text, begins one.
+        """
+        starts = self._tokenizer.word_starts(_turned(tokens, backward), _turned(segments, backward))
+        starts = _turned(starts, backward)
         for source, at in found:
             store = source.epochs.store
             if store.has_word_starts:
-                text = at.row * self.spec.length + at.column + at.head_count
+                first, way = _first_places(at, backward, self.spec.length)
+                text = first + way * at.head_count
                 flat = starts.reshape(-1)
-                flat[_spread(text, at.length)] = store.word_starts(at.document, at.offset, at.length)
+                flat[_spread(text, at.length, way)] = store.word_starts(at.document, at.offset, at.length)
                 flat[text[at.length > 0]] = True
-        return starts
+        read_before = np.ones_like(starts)
+        read_before[:, 1:] = starts[:, :-1] | (segments[:, 1:] != segments[:, :-1])
+        return np.where(backward[:, None], read_before, starts)
 
 
 class _Steps:
@@ -181,14 +197,28 @@ def _labels(values: NDArray, found: list[tuple[RowSource, Fragments]]) -> NDArra
     return values
 
 
-def _spread(begin: Ints, count: Ints) -> Ints:
-    """The indices begin, begin + 1, ... of every run, end to end."""
+def _turned(values: NDArray, backward: NDArray[np.bool_]) -> NDArray:
+    """[B, L] values with the columns of backward rows in the reverse order."""
+    return np.where(backward[:, None], values[:, ::-1], values)
+
+
+def _first_places(at: Fragments, backward: NDArray[np.bool_], length: int) -> tuple[Ints, Ints]:
+    """The place of each fragment's first token in the flat batch, and the step to the next: -1 in backward rows, which
+    have the first token of the text last."""
+    begin, size = at.row * length + at.column, at.head_count + at.length + at.tail_count
+    return np.where(backward[at.row], begin + size - 1, begin), np.where(backward[at.row], -1, 1)
+
+
+def _spread(begin: Ints, count: Ints, step: Ints) -> Ints:
+    """The indices begin, begin + step, ... of every run, end to end."""
     run, nth = ragged(count)
-    return begin[run] + nth
+    return begin[run] + step[run] * nth
 
 
-def _put_specials(tokens: NDArray[np.int32], special: tuple[int, ...], begin: Ints, start: Ints, count: Ints) -> None:
-    """Writes special[start : start + count] at each `begin` of the flat tokens."""
+def _put_specials(
+    tokens: NDArray[np.int32], special: tuple[int, ...], begin: Ints, start: Ints, count: Ints, step: Ints
+) -> None:
+    """Writes special[start : start + count] from each `begin` of the flat tokens on, in steps of `step`."""
     if special:
         run, nth = ragged(count)
-        tokens.reshape(-1)[begin[run] + nth] = np.array(special, np.int32)[start[run] + nth]
+        tokens.reshape(-1)[begin[run] + step[run] * nth] = np.array(special, np.int32)[start[run] + nth]

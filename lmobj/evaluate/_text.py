@@ -40,9 +40,21 @@ class Filling(NamedTuple):
 
 
 def continue_text(
-    model: CachedModel, tokenizer: Tokenizer, prompts: Sequence[str], settings: DecodingConfig
+    model: CachedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    settings: DecodingConfig,
+    *,
+    suffix: tuple[int, ...] = (),
 ) -> list[list[Continuation]]:
     """Continues each prompt; for every prompt the samples or beams, the best beam first.
+
+    Args:
+      model: a causal model.
+      tokenizer: the model's.
+      prompts: texts.
+      settings: how to decode.
+      suffix: tokens after each prompt, as after the first of two texts that a model was trained on.
 
     Raises:
       UserError: the model cannot generate, a prompt is empty, or the text outgrows the model.
@@ -50,6 +62,7 @@ def continue_text(
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     if not all(len(ids) for ids in encoded):
         raise UserError("the prompt is empty; accepted: a text of at least one character.")
+    encoded = [np.concatenate([ids, np.array(suffix, np.int32)]) for ids in encoded]
     eos = tokenizer.vocabulary.eos
     generated = generate(model, encoded, settings, eos=eos)
     results = []

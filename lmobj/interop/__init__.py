@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmobj.interop import bert, gpt2
+from lmobj.interop import albert, bert, electra, gpt2, roberta, xlnet
 from lmobj.interop._files import Checkpoint
 
-__all__ = ["Checkpoint", "bert", "gpt2"]
+__all__ = ["Checkpoint", "albert", "bert", "electra", "gpt2", "roberta", "xlnet"]

@@ -18,13 +18,11 @@ import safetensors.numpy
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.interop._names import Tensors
-from lmobj.models import DecoderConfig, EncoderConfig
 
 __all__ = ["Checkpoint", "must_be", "one_of", "read_folder", "setting", "vocabulary", "write_folder"]
 
 T = TypeVar("T", bool, int, float, str)
 V = TypeVar("V")
-C = TypeVar("C", DecoderConfig, EncoderConfig)
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -38,11 +36,13 @@ class Checkpoint(NamedTuple):
     vocab: its size, and the special ids that config.json names; BERT's names no more than the padding, and the others
       are the tokenizer's to tell.
     params: nested dicts of NumPy arrays.
+    pair_head: parameters of the `PairHead` that BERT and ALBERT may have; None where there is none.
     """
 
     config: Any
     vocab: Vocabulary
     params: dict[str, Any]
+    pair_head: dict[str, Any] | None = None
 
 
 def read_folder(folder: str | os.PathLike[str], model_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -19,7 +19,18 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import ModelBuilder
 
-__all__ = ["Name", "Tensors", "check_copies", "listed", "read", "renamed", "write"]
+__all__ = [
+    "Name",
+    "Tensors",
+    "check_copies",
+    "linear",
+    "listed",
+    "norm",
+    "read",
+    "read_parts",
+    "renamed",
+    "write",
+]
 
 Tensors = Mapping[str, np.ndarray]
 """Hugging Face's name -> tensor."""
@@ -48,9 +59,24 @@ class Name:
         """`ours`, always as a tuple."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one tensor per layer, and lmobj's parameter is stacked over them."""
+        return LAYER in self.theirs
+
     def tensors(self, layers: int) -> tuple[str, ...]:
         """The tensors' names, one per layer where layers are stacked."""
-        return tuple(self.theirs.format(i) for i in range(layers)) if LAYER in self.theirs else (self.theirs,)
+        return tuple(self.theirs.format(i) for i in range(layers)) if self.stacked else (self.theirs,)
+
+
+def linear(theirs: str, ours: str) -> tuple[Name, Name]:
+    """PyTorch's Linear."""
+    return Name(f"{theirs}.weight", f"{ours}/kernel", transposed=True), Name(f"{theirs}.bias", f"{ours}/bias")
+
+
+def norm(theirs: str, ours: str) -> tuple[Name, Name]:
+    """PyTorch's LayerNorm."""
+    return Name(f"{theirs}.weight", f"{ours}/scale"), Name(f"{theirs}.bias", f"{ours}/bias")
 
 
 def read(
@@ -63,27 +89,24 @@ def read(
     Raises:
       UserError: tensors that are missing, that the table does not know, or that have another shape or no real numbers.
     """
-    abstract, layers = _abstract(builder, vocab_size)
-    wanted = [name for entry in table for name in entry.tensors(layers)]
-    unknown = sorted(name for name in set(tensors) - set(wanted) if not name.startswith(tuple(ignore)))
-    missing = [name for name in wanted if name not in tensors]
-    if unknown or missing:
-        raise UserError(_mismatch(missing, unknown))
+    return read_parts([(table, tensors)], builder, vocab_size, ignore)
 
+
+def read_parts(
+    parts: Iterable[tuple[Sequence[Name], Tensors]], builder: ModelBuilder, vocab_size: int, ignore: Iterable[str] = ()
+) -> dict[str, Any]:
+    """As `read`, for a model whose tensors are in several files, each with a table of its own.
+
+    Raises:
+      UserError: as `read`; or tensors of two files for one parameter differ.
+    """
+    abstract = _abstract(builder, vocab_size)
     params: dict[str, np.ndarray] = {}
-    for entry in table:
-        stacked, parts = LAYER in entry.theirs, len(entry.paths)
-        target = abstract[entry.paths[0]]
-        shape = target.shape[1:] if stacked else target.shape
-        split_per_tensor = []
-        for name in entry.tensors(layers):
-            tensor = _checked(name, tensors[name], _their_shape(entry, shape, vocab_size))
-            tensor = (tensor.T if entry.transposed else tensor).astype(target.dtype)
-            if entry.vocab:
-                tensor = np.pad(tensor, [(0, shape[0] - vocab_size)] + [(0, 0)] * (tensor.ndim - 1))
-            split_per_tensor.append(np.split(tensor, parts, axis=-1))
-        for path, arrays in zip(entry.paths, zip(*split_per_tensor, strict=True), strict=True):
-            params[path] = np.stack(arrays) if stacked else np.ascontiguousarray(arrays[0])
+    for table, tensors in parts:
+        for path, array in _read(table, tensors, abstract, vocab_size, ignore).items():
+            if path in params and not np.array_equal(params[path], array):
+                raise UserError(f"The parameter {path} is shared, and the tensors for it differ; accepted: equal ones.")
+            params[path] = array
     _check_paths(params, abstract)
     return _nested(params)
 
@@ -96,7 +119,7 @@ def write(
     Raises:
       UserError: parameters that are missing, that do not belong to the model, or that have another shape.
     """
-    abstract, layers = _abstract(builder, vocab_size)
+    abstract = _abstract(builder, vocab_size)
     flat = _flat(params)
     _check_paths(flat, abstract)
     for path, array in flat.items():
@@ -107,8 +130,8 @@ def write(
     tensors: dict[str, np.ndarray] = {}
     for entry in table:
         arrays = [np.asarray(flat[path]) for path in entry.paths]
-        for i, name in enumerate(entry.tensors(layers)):
-            tensor = np.concatenate([x[i] if LAYER in entry.theirs else x for x in arrays], axis=-1)
+        for i, name in enumerate(entry.tensors(len(arrays[0]))):
+            tensor = np.concatenate([x[i] if entry.stacked else x for x in arrays], axis=-1)
             tensor = tensor[:vocab_size] if entry.vocab else tensor
             # safetensors writes an array's memory as it lies, so a transposed view would be written wrongly.
             tensors[name] = np.ascontiguousarray(tensor.T if entry.transposed else tensor)
@@ -150,11 +173,41 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _abstract(builder: ModelBuilder, vocab_size: int) -> tuple[dict[str, jax.ShapeDtypeStruct], int]:
-    """Shape and dtype of each parameter of the model by path, and the number of stacked layers."""
+def _abstract(builder: ModelBuilder, vocab_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each parameter of the model by path."""
     model = nnx.eval_shape(lambda: builder.build(Vocabulary(size=vocab_size), nnx.Rngs(params=0)))
-    flat = _flat(nnx.to_pure_dict(nnx.state(model)))
-    return flat, next(leaf.shape[0] for path, leaf in flat.items() if path.startswith("stack/"))
+    return _flat(nnx.to_pure_dict(nnx.state(model)))
+
+
+def _read(
+    table: Sequence[Name],
+    tensors: Tensors,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    vocab_size: int,
+    ignore: Iterable[str],
+) -> dict[str, np.ndarray]:
+    """The parameters of one table by path."""
+    names = {entry: entry.tensors(abstract[entry.paths[0]].shape[0]) for entry in table}
+    wanted = [name for of_entry in names.values() for name in of_entry]
+    unknown = sorted(name for name in set(tensors) - set(wanted) if not name.startswith(tuple(ignore)))
+    missing = [name for name in wanted if name not in tensors]
+    if unknown or missing:
+        raise UserError(_mismatch(missing, unknown))
+
+    params: dict[str, np.ndarray] = {}
+    for entry, of_entry in names.items():
+        target = abstract[entry.paths[0]]
+        shape = target.shape[1:] if entry.stacked else target.shape
+        split_per_tensor = []
+        for name in of_entry:
+            tensor = _checked(name, tensors[name], _their_shape(entry, shape, vocab_size))
+            tensor = (tensor.T if entry.transposed else tensor).astype(target.dtype)
+            if entry.vocab:
+                tensor = np.pad(tensor, [(0, shape[0] - vocab_size)] + [(0, 0)] * (tensor.ndim - 1))
+            split_per_tensor.append(np.split(tensor, len(entry.paths), axis=-1))
+        for path, arrays in zip(entry.paths, zip(*split_per_tensor, strict=True), strict=True):
+            params[path] = np.stack(arrays) if entry.stacked else np.ascontiguousarray(arrays[0])
+    return params
 
 
 def _flat(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -187,6 +187,7 @@ def _check(config: DecoderConfig) -> None:
         "activation": ("gelu", "gelu_exact"),
         "bias": (True,),
         "kv_heads": (None, config.heads),
+        "pre_norm": (True,),
         "window": (None,),
         "soft_cap": (None,),
         "attention_soft_cap": (None,),

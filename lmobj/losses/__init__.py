@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lmobj.losses._binary import binary_nll
 from lmobj.losses._linear_logit_stats import linear_logit_stats
+from lmobj.losses._linear_sample import linear_gumbel_sample
 from lmobj.losses._linear_token_nll import linear_token_nll
 from lmobj.losses._logit_stats import (
     LogitStats,
@@ -20,6 +21,7 @@ __all__ = [
     "LogitStats",
     "binary_nll",
     "label_smoothed_nll",
+    "linear_gumbel_sample",
     "linear_logit_stats",
     "linear_token_nll",
     "logit_stats",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -13,7 +16,7 @@ from lmobj.losses._layout import Layout, active_layout
 from lmobj.losses._logit_stats import LogitStats
 from lmobj.losses._vocab_loop import Plan, blockwise_logit_stats
 
-__all__ = ["linear_logit_stats"]
+__all__ = ["check_linear", "linear_logit_stats", "plan_blocks"]
 
 _BLOCK_LOGITS = 2**24
 """Most logits in a block where no size is given: 64 MiB in float32."""
@@ -67,19 +70,32 @@ def linear_logit_stats(
     Raises:
       UserError: shapes or types that do not fit, or settings out of range.
     """
-    _check(hidden, table, targets, bias, vocab_mask, vocab_size, soft_cap, block_size)
+    check_linear(
+        "linear_logit_stats", hidden, table, {"targets": targets}, bias, vocab_mask, vocab_size, soft_cap, block_size
+    )
     scalar = targets.ndim == 0
     if scalar:
         hidden, targets = hidden[None], targets[None]
-    layout = active_layout(hidden.shape[0], table.shape)
-    if block_size is None:
-        block_size = _default_block_size(layout, targets.size, table.shape[0])
-    blocks = choose_blocks(table.shape[0] // layout.vocab_parts, block_size)
-    limit = vocab_size if vocab_size is not None and vocab_size < table.shape[0] else None
     # The VJP finds each shard's own gradients: the casts' transposes sum them over shards.
     arrays = compat.vary_together(hidden, table, bias, vocab_mask, targets)
-    stats = blockwise_logit_stats(Plan(layout, blocks, limit, soft_cap), *arrays)
+    stats = blockwise_logit_stats(plan_blocks(hidden, table, vocab_size, soft_cap, block_size), *arrays)
     return jax.tree.map(lambda x: x[0], stats) if scalar else stats
+
+
+def plan_blocks(
+    hidden: Float[Array, "B *N D"],
+    table: Float[Array, "V D"],
+    vocab_size: int | None,
+    soft_cap: float | None,
+    block_size: int | None,
+) -> Plan:
+    """How the vocabulary is gone through, under the active mesh and rules."""
+    layout = active_layout(hidden.shape[0], table.shape)
+    if block_size is None:
+        block_size = _default_block_size(layout, math.prod(hidden.shape[:-1]), table.shape[0])
+    blocks = choose_blocks(table.shape[0] // layout.vocab_parts, block_size)
+    limit = vocab_size if vocab_size is not None and vocab_size < table.shape[0] else None
+    return Plan(layout, blocks, limit, soft_cap)
 
 
 def _default_block_size(layout: Layout, tokens: int, vocab: int) -> int:
@@ -90,21 +106,28 @@ def _default_block_size(layout: Layout, tokens: int, vocab: int) -> int:
     return min(max(_BLOCK_LOGITS // local, _LEAST_BLOCK), _MOST_BLOCK)
 
 
-def _check(
+def check_linear(
+    name: str,
     hidden: Array,
     table: Array,
-    targets: Array,
+    integers: Mapping[str, Array | None],
     bias: Array | None,
     vocab_mask: Array | None,
     vocab_size: int | None,
     soft_cap: float | None,
     block_size: int | None,
 ) -> None:
+    """Raises UserError, for the function `name`, where its arguments do not fit; `integers` are one for each token."""
     problem = None
+    wrong = [
+        f"{key} must be integers of shape {hidden.shape[:-1]}, not {x.dtype}{list(x.shape)}"
+        for key, x in integers.items()
+        if x is not None and (x.shape != hidden.shape[:-1] or not jnp.issubdtype(x.dtype, jnp.integer))
+    ]
     if table.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != table.shape[1]:
         problem = f"hidden {hidden.shape} and table {table.shape} must be [..., D] and [V, D]"
-    elif targets.shape != hidden.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
-        problem = f"targets must be integers of shape {hidden.shape[:-1]}, not {targets.dtype}{list(targets.shape)}"
+    elif wrong:
+        problem = wrong[0]
     elif bias is not None and bias.shape != table.shape[:1]:
         problem = f"bias must have shape {table.shape[:1]}, not {bias.shape}"
     elif vocab_mask is not None and (vocab_mask.shape != table.shape[:1] or vocab_mask.dtype != bool):
@@ -116,4 +139,4 @@ def _check(
     elif block_size is not None and block_size < 1:
         problem = f"block_size is {block_size}; it must be at least 1, or None"
     if problem is not None:
-        raise UserError(f"linear_logit_stats: {problem}.")
+        raise UserError(f"{name}: {problem}.")

@@ -1,4 +1,4 @@
-"""The loop over blocks of the vocabulary behind `linear_logit_stats`, and its VJP.
+"""The loop over blocks of the vocabulary behind `linear_logit_stats`, and its VJP, and behind `linear_gumbel_sample`.
 
 Forward, each block updates a running maximum and a sum of exponentials (online softmax; Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867, alg. 3). Backward, each block's logits are computed again; with p = softmax(logits)
@@ -27,8 +27,9 @@ from lmobj import compat
 from lmobj.losses._blocks import Blocks
 from lmobj.losses._layout import Layout
 from lmobj.losses._logit_stats import LogitStats
+from lmobj.noise import gumbel
 
-__all__ = ["Plan", "blockwise_logit_stats"]
+__all__ = ["Plan", "blockwise_logit_stats", "blockwise_sample"]
 
 C = TypeVar("C")
 M = TypeVar("M")
@@ -235,6 +236,62 @@ def _d_logits(plan: Plan, tokens: _Tokens, logits: Array, mask: Array | None, b:
 
 
 blockwise_logit_stats.defvjp(_forward, _backward)
+
+
+class _Best(NamedTuple):
+    """The highest noisy logit so far and its class, [g, x, ..., t]."""
+
+    value: Array
+    choice: Array
+
+
+def blockwise_sample(
+    plan: Plan,
+    temperature: float,
+    hidden: Array,
+    table: Array,
+    bias: Array | None,
+    mask: Array | None,
+    seeds: Array,
+    excluded: Array | None,
+) -> Array:
+    """A class for each of hidden [B, ..., D], by the Gumbel-max trick; see `linear_gumbel_sample`."""
+    hidden_, seeds_ = plan.layout.split_tokens(hidden), plan.layout.split_tokens(seeds)
+    excluded_ = None if excluded is None else plan.layout.split_tokens(excluded)
+    vocab = _view(plan, table, bias, mask)
+
+    def step(b: Array, best: _Best, block: _Vocab, owner: Array) -> tuple[_Best, _Vocab]:
+        logits = _logits(plan, hidden_, block)
+        classes = _classes(plan, b, owner)
+        exists = _existing(plan, b, block.mask, classes)
+        classes = _beside(classes, logits)
+        noisy = logits / temperature + gumbel(seeds_[..., None, None], classes).astype(logits.dtype)
+        if exists is not None:
+            noisy = jnp.where(_beside(exists, logits), noisy, -jnp.inf)
+        if excluded_ is not None:
+            noisy = jnp.where(classes == excluded_[..., None, None], -jnp.inf, noisy)
+        return _better(best, _best_of(noisy, classes)), block
+
+    def body(best: _Best, b: Array) -> tuple[_Best, None]:
+        return _round_the_ring(plan, functools.partial(step, b), best, _take(plan, vocab, b))[0], None
+
+    shape = (*seeds_.shape, vocab.table.shape[1])
+    start = _Best(jnp.full(shape, -jnp.inf, _accumulator(hidden, table)), jnp.zeros(shape, jnp.int32))
+    start = compat.cast_varying(jax.tree.map(lambda x: plan.layout.place(x, "gx"), start), compat.varying_axes(hidden))
+    best, _ = _over_blocks(plan, body, start)
+    return plan.layout.merge_tokens(_best_of(best.value, best.choice).choice)
+
+
+def _best_of(values: Array, choices: Array) -> _Best:
+    """The highest value along the last axis and its choice, the lowest choice where values are equal."""
+    top = jnp.max(values, axis=-1)
+    return _Best(top, jnp.min(jnp.where(values == top[..., None], choices, jnp.iinfo(jnp.int32).max), axis=-1))
+
+
+def _better(a: _Best, b: _Best) -> _Best:
+    """The higher of two, or the one of the lower choice."""
+    wins = (b.value > a.value) | ((b.value == a.value) & (b.choice < a.choice))
+    return _Best(jnp.where(wins, b.value, a.value), jnp.where(wins, b.choice, a.choice))
 
 
 def _view(plan: Plan, table: Array, bias: Array | None, mask: Array | None) -> _Vocab:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from lmobj.models._decoder import Decoder, DecoderConfig
+from lmobj.models._electra import Electra, ElectraConfig
 from lmobj.models._encoder import Encoder, EncoderConfig
 from lmobj.models._gru import GRUConfig, GRULanguageModel
-from lmobj.models._protocol import Cache, CachedModel, LanguageModel, ModelBuilder, OutputHead
+from lmobj.models._heads import HeadStyle, PairHead, SpanBoundaryHead
+from lmobj.models._protocol import (
+    Cache,
+    CachedModel,
+    GeneratorDiscriminator,
+    HeadedModel,
+    LanguageModel,
+    MemoryModel,
+    ModelBuilder,
+    OutputHead,
+    TwoStreamModel,
+)
+from lmobj.models._xlnet import Memory, XLNet, XLNetConfig
 
-ModelConfig = DecoderConfig | EncoderConfig | GRUConfig
+ModelConfig = DecoderConfig | ElectraConfig | EncoderConfig | GRUConfig | XLNetConfig
 """Every family's settings, told apart by `name`."""
 
 __all__ = [
@@ -15,12 +28,24 @@ __all__ = [
     "CachedModel",
     "Decoder",
     "DecoderConfig",
+    "Electra",
+    "ElectraConfig",
     "Encoder",
     "EncoderConfig",
     "GRUConfig",
     "GRULanguageModel",
+    "GeneratorDiscriminator",
+    "HeadStyle",
+    "HeadedModel",
     "LanguageModel",
+    "Memory",
+    "MemoryModel",
     "ModelBuilder",
     "ModelConfig",
     "OutputHead",
+    "PairHead",
+    "SpanBoundaryHead",
+    "TwoStreamModel",
+    "XLNet",
+    "XLNetConfig",
 ]

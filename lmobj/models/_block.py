@@ -21,7 +21,7 @@ from lmobj.models._layers import MLP, Activation, Init, LayerNorm, Linear, Norm,
 from lmobj.noise import dropout
 from lmobj.partition import constrain
 
-__all__ = ["Block", "BlockSpec", "Call", "KVCache", "Remat", "Stack", "drop", "make_norm"]
+__all__ = ["Block", "BlockSpec", "Call", "KVCache", "Remat", "Stack", "drop", "make_norm", "rematerialised"]
 
 Remat = Literal["none", "dots", "full"]
 NormName = Literal["layernorm", "rmsnorm"]
@@ -53,6 +53,8 @@ class BlockSpec:
     remat: Remat
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    share_layers: bool = False
+    """Whether all layers are one block (ALBERT)."""
 
     @property
     def head_dim(self) -> int:
@@ -188,14 +190,17 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """`spec.layers` blocks with stacked parameters, run by one scan."""
+    """`spec.layers` blocks with stacked parameters, or one block in all their places; run by one scan.
+
+    The axis along which parameters are stacked has length 1 where layers are shared.
+    """
 
     def __init__(self, spec: BlockSpec, *, init: Init, out_init: Init, rngs: nnx.Rngs) -> None:
         def block(key: Array) -> Block:
             return Block(spec, init=init, out_init=out_init, rngs=nnx.Rngs(params=key))
 
         self.spec = spec
-        self.blocks = nnx.vmap(block)(jax.random.split(rngs.params(), spec.layers))
+        self.blocks = nnx.vmap(block)(jax.random.split(rngs.params(), 1 if spec.share_layers else spec.layers))
 
     def __call__(self, x: Float[Array, "B L D"], call: Call) -> Float[Array, "B L D"]:
         """The last block's output."""
@@ -206,26 +211,35 @@ class Stack(nnx.Module):
         return self._run(x, call, collect=True)[1]
 
     def _run(self, x: Float[Array, "B L D"], call: Call, *, collect: bool) -> tuple[Any, Any]:
-        graphdef, states = nnx.split(self.blocks)
+        block_at, layers = self._layers()
 
-        def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, Array | None]:
-            state, index = layer
-            x, _ = nnx.merge(graphdef, state)(x, index, call)
+        def body(x: Array, layer: Any) -> tuple[Array, Array | None]:
+            block, index = block_at(layer)
+            x, _ = block(x, index, call)
             x = constrain(x, HIDDEN_AXES)
             return x, x if collect else None
 
-        return jax.lax.scan(_rematerialised(body, self.spec.remat), x, (states, jnp.arange(self.spec.layers)))
+        return jax.lax.scan(rematerialised(body, self.spec.remat), x, layers)
 
     def step(self, x: Float[Array, "B T D"], call: Call, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
         """The last block's output for new tokens, and the cache with them added. The cache is carried, never copied."""
-        graphdef, states = nnx.split(self.blocks)
+        block_at, layers = self._layers()
 
-        def body(carry: tuple[Array, KVCache], layer: tuple[nnx.State, Array]) -> tuple[tuple[Array, KVCache], None]:
-            state, index = layer
-            return nnx.merge(graphdef, state)(carry[0], index, call, carry[1]), None
+        def body(carry: tuple[Array, KVCache], layer: Any) -> tuple[tuple[Array, KVCache], None]:
+            block, index = block_at(layer)
+            return block(carry[0], index, call, carry[1]), None
 
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (states, jnp.arange(self.spec.layers)))
+        (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
         return x, cache
+
+    def _layers(self) -> tuple[Callable[[Any], tuple[Any, Int[Array, ""]]], Any]:
+        """What a scan runs over, and the function that makes (block, its index) of one element of it."""
+        graphdef, states = nnx.split(self.blocks)
+        indices = jnp.arange(self.spec.layers)
+        if not self.spec.share_layers:
+            return lambda layer: (nnx.merge(graphdef, layer[0]), layer[1]), (states, indices)
+        shared = jax.tree.map(lambda x: x[0], states)
+        return lambda index: (nnx.merge(graphdef, shared), index), indices
 
 
 def make_norm(spec: BlockSpec) -> Norm:
@@ -244,7 +258,7 @@ def drop(
     return dropout(x, rate, seeds, layer=layer, site=site)
 
 
-def _rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`body` with what its backward pass keeps: everything, the products with weights, or only its input."""
     if remat == "none":
         return body

@@ -1,6 +1,8 @@
-"""The decoder: GPT-2 with its defaults, LLaMA's kind with rotary positions, RMSNorm, SwiGLU and grouped queries.
+"""The decoder: GPT-2 with its defaults, LLaMA's kind with rotary positions, RMSNorm, SwiGLU and grouped queries; GPT
+with `pre_norm: false` and `residual_init: plain`.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Touvron et al. 2023, "LLaMA".
+Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"; Radford et al. 2019, "Language
+Models are Unsupervised Multitask Learners"; Touvron et al. 2023, "LLaMA".
 """
 
 from __future__ import annotations
@@ -31,7 +33,17 @@ from lmobj.models._block import (
     drop,
     make_norm,
 )
-from lmobj.models._layers import Activation, DTypeName, Embedding, normal, output_head, pad_vocabulary, rotary_angles
+from lmobj.models._heads import HeadStyle
+from lmobj.models._layers import (
+    Activation,
+    DTypeName,
+    Embedding,
+    Init,
+    normal,
+    output_head,
+    pad_vocabulary,
+    rotary_angles,
+)
 from lmobj.models._protocol import OutputHead
 from lmobj.models._settings import (
     at_least,
@@ -49,12 +61,12 @@ __all__ = ["Decoder", "DecoderConfig"]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A pre-norm transformer decoder. The defaults are GPT-2 small without dropout."""
+    """A transformer decoder. The defaults are GPT-2 small without dropout."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["decoder"] = "decoder"
-    """Pre-norm transformer decoder (GPT-2, LLaMA)."""
+    """Transformer decoder (GPT, GPT-2, LLaMA)."""
     layers: int = 12
     """Number of blocks, at least 1."""
     width: int = 768
@@ -75,6 +87,8 @@ class DecoderConfig:
     """`layernorm` or `rmsnorm`."""
     norm_eps: float = 1e-5
     """Added to the variance in norms, above 0."""
+    pre_norm: bool = True
+    """Norms before attention and feed-forward part and after the last block (GPT-2); false: after each sum (GPT)."""
     activation: Activation = "gelu"
     """`gelu` (tanh approximation), `gelu_exact` or `swiglu`."""
     bias: bool = True
@@ -96,7 +110,12 @@ class DecoderConfig:
     vocab_multiple: int = 128
     """The embedding's rows are padded up to a multiple of this, so that they divide over devices."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; output projections of the blocks have it over sqrt(2 * layers)."""
+    """Standard deviation of initial weights, above 0."""
+    residual_init: Literal["scaled", "plain"] = "scaled"
+    """Output projections of the blocks start with init_std / sqrt(2 * layers) (`scaled`, GPT-2) or init_std (`plain`,
+    GPT)."""
+    position_init_std: float | None = None
+    """Standard deviation of initial learned positions, above 0 (GPT-2's code: 0.01); null: init_std."""
     attention_backend: AttentionBackend = "xla"
     """`xla` anywhere; `cudnn`: flash attention on NVIDIA GPUs, with dtype bfloat16 and no attention dropout or cap."""
     remat: Remat = "dots"
@@ -112,10 +131,10 @@ class DecoderConfig:
         if self.heads % (self.kv_heads or self.heads):
             raise UserError(f"model.kv_heads is {self.kv_heads} and model.heads is {self.heads}; it must divide them.")
         check_rotary(self)
-        for name in ("soft_cap", "attention_soft_cap"):
-            cap = getattr(self, name)
-            if cap is not None and cap <= 0:
-                raise UserError(f"model.{name} is {cap}; it must be above 0, or null.")
+        for name in ("soft_cap", "attention_soft_cap", "position_init_std"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"model.{name} is {value}; it must be above 0, or null.")
         if self.attention_backend == "cudnn" and self.attention_soft_cap is not None:
             raise UserError(
                 f"model.attention_soft_cap is {self.attention_soft_cap} and model.attention_backend is cudnn, which "
@@ -133,7 +152,7 @@ class DecoderConfig:
             heads=self.heads,
             kv_heads=self.kv_heads or self.heads,
             mlp_width=self.mlp_width or default_mlp_width(self.width, self.activation),
-            post_norm=False,
+            post_norm=not self.pre_norm,
             norm=self.norm,
             norm_eps=self.norm_eps,
             activation=self.activation,
@@ -159,14 +178,16 @@ class Decoder(Transformer):
         self.spec = spec
         self.vocab_size = vocab.size
 
-        def table(size: int, axes: tuple[str, str]) -> Embedding:
+        def table(size: int, axes: tuple[str, str], init: Init = init) -> Embedding:
             return Embedding(size, spec.width, axes=axes, init=init, param_dtype=spec.param_dtype, rngs=rngs)
 
         self.tokens = table(rows, ("vocab", "embed"))
-        self.positions = table(config.max_length, ("positions", "embed")) if config.positions == "learned" else None
-        out_init = normal(config.init_std / math.sqrt(2 * config.layers))
-        self.stack = Stack(spec, init=init, out_init=out_init, rngs=rngs)
-        self.norm = make_norm(spec)
+        position_init = normal(config.position_init_std or config.init_std)
+        learned = config.positions == "learned"
+        self.positions = table(config.max_length, ("positions", "embed"), position_init) if learned else None
+        scale = math.sqrt(2 * config.layers) if config.residual_init == "scaled" else 1.0
+        self.stack = Stack(spec, init=init, out_init=normal(config.init_std / scale), rngs=rngs)
+        self.norm = make_norm(spec) if config.pre_norm else None
         self.head = None if config.tie_embeddings else table(rows, ("vocab", "embed"))
 
     def head_hidden(self, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -177,6 +198,14 @@ class Decoder(Transformer):
         """The token embedding where it is tied, else a table of its own."""
         embedding = self.tokens if self.head is None else self.head
         return output_head(embedding, self.vocab_size, soft_cap=self.config.soft_cap)
+
+    @property
+    def head_style(self) -> HeadStyle:
+        """What heads on the hidden states take over."""
+        config = self.config
+        return HeadStyle(
+            config.width, config.activation, config.norm_eps, normal(config.init_std), self.spec.param_dtype
+        )
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for positions 0 .. length - 1.
@@ -224,7 +253,7 @@ class Decoder(Transformer):
         return x, Call(_windowed(mask, config.window), positions, rotary, dropout)
 
     def _finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
 
 def _windowed(mask: AttentionMask, window: int | None) -> AttentionMask:

@@ -1,7 +1,12 @@
-"""The encoder: BERT with its defaults, and the kind with norms first and rotary positions, which learns faster.
+"""The encoder: BERT with its defaults, ALBERT's kind with narrow embeddings and one block for all layers, and the kind
+with norms first and rotary positions, which learns faster.
 
-Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"; Warner et al.
-2024, "Smarter, Better, Faster, Longer" (ModernBERT).
+Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"; Lan et al. 2020,
+"ALBERT: A Lite BERT for Self-supervised Learning of Language Representations"; Warner et al. 2024, "Smarter, Better,
+Faster, Longer" (ModernBERT).
+
+Its parts, the embeddings, the trunk that follows them and the masked-LM head, stand alone too: ELECTRA puts two trunks
+on one embedding.
 """
 
 from __future__ import annotations
@@ -15,14 +20,15 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from lmobj.attention import AttentionBackend
 from lmobj.batch import Vocabulary
-from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.models._block import EMBEDDING, HIDDEN_AXES, BlockSpec, Call, Remat, Stack, drop, make_norm
+from lmobj.models._heads import HeadStyle
 from lmobj.models._layers import (
     ACTIVATIONS,
     DTypeName,
     Embedding,
-    Linear,
+    Init,
+    LayerNorm,
     output_head,
     pad_vocabulary,
     rotary_angles,
@@ -40,7 +46,7 @@ from lmobj.models._settings import (
 from lmobj.models._transformer import Transformer, default_positions
 from lmobj.partition import constrain
 
-__all__ = ["Encoder", "EncoderConfig"]
+__all__ = ["Embeddings", "Encoder", "EncoderConfig", "MaskedLMHead", "Trunk"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class EncoderConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["encoder"] = "encoder"
-    """Transformer encoder (BERT)."""
+    """Transformer encoder (BERT, RoBERTa, ALBERT)."""
     layers: int = 12
     """Number of blocks, at least 1."""
     width: int = 768
@@ -59,6 +65,11 @@ class EncoderConfig:
     """Attention heads per layer."""
     mlp_width: int | None = None
     """Inner width of the feed-forward part; null: 4 * width."""
+    embedding_width: int | None = None
+    """Width of the embeddings, projected to `width` where it differs (ALBERT: 128); null: `width`. The masked-LM head
+    ends in this width, because its table is the embedding."""
+    share_layers: bool = False
+    """Whether all layers are one block, applied `layers` times (ALBERT)."""
     max_length: int = 512
     """Most tokens in a row."""
     positions: Literal["learned", "rotary"] = "learned"
@@ -79,8 +90,6 @@ class EncoderConfig:
     """Dropout rate of attention probabilities, in [0, 1)."""
     embedding_dropout: float = 0.1
     """Dropout rate of the normalised embeddings, in [0, 1)."""
-    pooler: bool = False
-    """Whether there is a dense layer with tanh over the first token (`pooled`), which sentence tasks read."""
     vocab_multiple: int = 128
     """The embedding's rows are padded up to a multiple of this, so that they divide over devices."""
     init_std: float = 0.02
@@ -97,15 +106,22 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         check_transformer(self)
         check_rotary(self)
-        at_least(self, 1, "token_types")
+        at_least(self, 1, "token_types", "embedding_width")
 
     def build(self, vocab: Vocabulary, rngs: nnx.Rngs) -> Encoder:
         """An encoder with fresh parameters."""
         return Encoder(self, vocab, rngs)
 
+    @property
+    def head_style(self) -> HeadStyle:
+        """What heads on the hidden states take over."""
+        param_dtype = resolve_dtype(self.param_dtype, "param_dtype")
+        return HeadStyle(self.width, self.activation, self.norm_eps, truncated_normal(self.init_std), param_dtype)
+
     def _block_spec(self) -> BlockSpec:
         return BlockSpec(
             layers=self.layers,
+            share_layers=self.share_layers,
             width=self.width,
             heads=self.heads,
             kv_heads=self.heads,
@@ -125,59 +141,134 @@ class EncoderConfig:
         )
 
 
-class Encoder(Transformer):
+class Embeddings(nnx.Module):
+    """Token + position + token type, LayerNorm, dropout."""
+
+    def __init__(self, config: EncoderConfig, vocab: Vocabulary, rngs: nnx.Rngs, *, init: Init | None = None) -> None:
+        style = config.head_style
+        width = config.embedding_width or config.width
+
+        def table(size: int, axes: tuple[str | None, str]) -> Embedding:
+            return Embedding(size, width, axes=axes, init=init or style.init, param_dtype=style.param_dtype, rngs=rngs)
+
+        self.tokens = table(pad_vocabulary(vocab.size, config.vocab_multiple), ("vocab", "embed"))
+        self.positions = table(config.max_length, ("positions", "embed")) if config.positions == "learned" else None
+        self.token_types = table(config.token_types, (None, "embed"))
+        self.norm = LayerNorm(width, eps=config.norm_eps, bias=True, param_dtype=style.param_dtype)
+        self.config = config
+        self.dtype = resolve_dtype(config.dtype, "dtype")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"] | None = None,
+        token_types: Int[Array, "B L"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+        *,
+        plus: Float[Array, "B L E"] | None = None,
+    ) -> Float[Array, "B L E"]:
+        """The first input of a trunk. `plus` is added to the sum of the tables' vectors."""
+        x = self.look_up(tokens, positions, token_types)
+        x = constrain(x if plus is None else x + plus, HIDDEN_AXES)
+        return drop(self.norm(x), self.config.embedding_dropout, dropout, 0, EMBEDDING)
+
+    def look_up(
+        self,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"] | None = None,
+        token_types: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L E"]:
+        """The sum of the tables' vectors alone. Positions default to 0, 1, ..., token types to 0."""
+        check_length(tokens.shape[1], self.config.max_length)
+        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = self.tokens(tokens, self.dtype) + self.token_types(token_types, self.dtype)
+        return x if self.positions is None else x + self.positions(default_positions(tokens, positions), self.dtype)
+
+
+class Trunk(nnx.Module):
+    """What follows the embeddings: a projection where they are narrower, the blocks, and with pre-norm a last norm."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs) -> None:
+        style, spec = config.head_style, config._block_spec()
+        narrow = config.embedding_width or config.width
+        self.config = config
+        self.spec = spec
+        self.projection = None if narrow == config.width else style.dense(narrow, config.width, rngs)
+        self.stack = Stack(spec, init=style.init, out_init=style.init, rngs=rngs)
+        self.final_norm = make_norm(spec) if config.pre_norm else None
+
+    def run(
+        self,
+        embedded: Float[Array, "B L E"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B L"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Final hidden states of embedded rows."""
+        return self._finish(self.stack(*self._enter(embedded, mask, positions, dropout)))
+
+    def _enter(
+        self,
+        embedded: Float[Array, "B L E"],
+        mask: AttentionMask,
+        positions: Int[Array, "B L"] | None,
+        dropout: UInt32[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B L D"], Call]:
+        """The first block's input, and what all blocks share."""
+        positions = default_positions(embedded[:, :, 0], positions)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = rotary_angles(positions, self.spec.head_dim, self.config.rope_base, self.spec.dtype)
+        x = embedded if self.projection is None else constrain(self.projection(embedded), HIDDEN_AXES)
+        return x, Call(mask, positions, rotary, dropout)
+
+    def _finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return x if self.final_norm is None else self.final_norm(x)
+
+
+class MaskedLMHead(nnx.Module):
+    """From hidden states to the width of the embedding, which is the output table: dense, activation, LayerNorm."""
+
+    def __init__(self, config: EncoderConfig, vocab: Vocabulary, rngs: nnx.Rngs) -> None:
+        style = config.head_style
+        out = config.embedding_width or config.width
+        rows = pad_vocabulary(vocab.size, config.vocab_multiple)
+        self.activation = config.activation
+        self.vocab_size = vocab.size
+        self.dense = style.dense(config.width, out, rngs)
+        self.norm = LayerNorm(out, eps=style.norm_eps, bias=True, param_dtype=style.param_dtype)
+        self.bias = nnx.Param(jnp.zeros((rows,), style.param_dtype), axes=("vocab",))
+
+    def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        """What the table is multiplied with."""
+        return self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
+
+    def table(self, tokens: Embedding) -> OutputHead:
+        """The token embedding, with a bias of its own."""
+        return output_head(tokens, self.vocab_size, bias=self.bias[...])
+
+
+class Encoder(Trunk, Transformer):
     """A transformer encoder. The objective's mask decides who sees whom."""
 
     def __init__(self, config: EncoderConfig, vocab: Vocabulary, rngs: nnx.Rngs) -> None:
-        spec = config._block_spec()
-        init = truncated_normal(config.init_std)
-        rows = pad_vocabulary(vocab.size, config.vocab_multiple)
-        self.config = config
-        self.spec = spec
-        self.vocab_size = vocab.size
+        self.embeddings = Embeddings(config, vocab, rngs)
+        super().__init__(config, rngs)
+        self.head = MaskedLMHead(config, vocab, rngs)
 
-        def table(size: int, axes: tuple[str | None, str]) -> Embedding:
-            return Embedding(size, spec.width, axes=axes, init=init, param_dtype=spec.param_dtype, rngs=rngs)
+    @property
+    def head_style(self) -> HeadStyle:
+        """What heads on the hidden states take over."""
+        return self.config.head_style
 
-        def dense() -> Linear:
-            return Linear(
-                spec.width,
-                spec.width,
-                axes=("embed", "embed"),
-                init=init,
-                bias=True,
-                param_dtype=spec.param_dtype,
-                rngs=rngs,
-            )
-
-        self.tokens = table(rows, ("vocab", "embed"))
-        self.positions = table(config.max_length, ("positions", "embed")) if config.positions == "learned" else None
-        self.token_types = table(config.token_types, (None, "embed"))
-        self.norm = make_norm(spec)
-        self.stack = Stack(spec, init=init, out_init=init, rngs=rngs)
-        self.final_norm = make_norm(spec) if config.pre_norm else None
-        self.head_dense = dense()
-        self.head_norm = make_norm(spec)
-        self.head_bias = nnx.Param(jnp.zeros((rows,), spec.param_dtype), axes=("vocab",))
-        self.pooler = dense() if config.pooler else None
-
-    def head_hidden(self, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def head_hidden(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """The masked-LM transform: dense, activation, LayerNorm."""
-        return self.head_norm(ACTIVATIONS[self.config.activation](self.head_dense(hidden)))
+        return self.head(hidden)
 
     def head_table(self) -> OutputHead:
         """The token embedding, with a bias of its own."""
-        return output_head(self.tokens, self.vocab_size, bias=self.head_bias[...])
-
-    def pooled(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B D"]:
-        """tanh(dense(hidden state of the first token)).
-
-        Raises:
-          ValueError: the model has no pooler.
-        """
-        if self.pooler is None:
-            raise UserError("model.pooler is false, so the encoder has no pooled output; set it to true.")
-        return jnp.tanh(self.pooler(hidden[:, 0]))
+        return self.head.table(self.embeddings.tokens)
 
     def _embed(
         self,
@@ -187,18 +278,4 @@ class Encoder(Transformer):
         token_types: Int[Array, "B L"] | None,
         dropout: UInt32[Array, " B"] | None,
     ) -> tuple[Float[Array, "B L D"], Call]:
-        dtype = self.spec.dtype
-        check_length(tokens.shape[1], self.config.max_length)
-        positions = default_positions(tokens, positions)
-        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = self.tokens(tokens, dtype) + self.token_types(token_types, dtype)
-        rotary = None
-        if self.positions is not None:
-            x = x + self.positions(positions, dtype)
-        else:
-            rotary = rotary_angles(positions, self.spec.head_dim, self.config.rope_base, dtype)
-        x = drop(self.norm(constrain(x, HIDDEN_AXES)), self.config.embedding_dropout, dropout, 0, EMBEDDING)
-        return x, Call(mask, positions, rotary, dropout)
-
-    def _finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return x if self.final_norm is None else self.final_norm(x)
+        return self._enter(self.embeddings(tokens, positions, token_types, dropout), mask, positions, dropout)

@@ -27,6 +27,7 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.models._block import EMBEDDING, HIDDEN_AXES, drop
+from lmobj.models._heads import HeadStyle
 from lmobj.models._layers import DTypeName, Embedding, Linear, output_head, pad_vocabulary, uniform
 from lmobj.models._protocol import OutputHead
 from lmobj.models._settings import at_least, check_rates, resolve_dtype
@@ -166,6 +167,13 @@ class GRULanguageModel(nnx.Module):
     def head_table(self) -> OutputHead:
         """The token embedding where it is tied, else a table of its own."""
         return output_head(self.tokens if self.head is None else self.head, self.vocab_size)
+
+    @property
+    def head_style(self) -> HeadStyle:
+        """What heads on the hidden states take over; a GRU has no activation or norm to give, so those are GPT-2's."""
+        param_dtype = resolve_dtype(self.config.param_dtype, "param_dtype")
+        init = uniform(1 / math.sqrt(self.config.width))
+        return HeadStyle(self.config.width, "gelu", 1e-5, init, param_dtype)
 
     def init_cache(self, batch_size: int, length: int) -> Float[Array, "B n D"]:
         """The layers' states before any token; `length` is not limited."""

@@ -6,6 +6,7 @@ compute dtype. Every parameter carries the logical name of each of its axes (see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -30,12 +31,14 @@ __all__ = [
     "Norm",
     "RMSNorm",
     "apply_rotary",
+    "glorot_uniform",
     "normal",
     "output_head",
     "pad_vocabulary",
     "rotary_angles",
     "truncated_normal",
     "uniform",
+    "zeros",
 ]
 
 Axes = tuple[str | None, ...]
@@ -65,6 +68,20 @@ def truncated_normal(std: float) -> Init:
 def uniform(bound: float) -> Init:
     """Uniform values in [-bound, bound)."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def glorot_uniform() -> Init:
+    """Uniform values within sqrt(6 / (inputs + outputs)), TensorFlow's default (Glorot and Bengio 2010, eq. 16)."""
+
+    def init(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return uniform(math.sqrt(6 / (shape[-2] + shape[-1])))(key, shape, dtype)
+
+    return init
+
+
+def zeros() -> Init:
+    """Zeros."""
+    return lambda key, shape, dtype: jnp.zeros(shape, dtype)
 
 
 class Linear(nnx.Module):

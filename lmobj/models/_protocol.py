@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lmobj.batch import Vocabulary
 from lmobj.masks import AttentionMask
 
-__all__ = ["Cache", "LanguageModel", "ModelBuilder", "OutputHead"]
+if TYPE_CHECKING:
+    from lmobj.models._heads import HeadStyle
+
+__all__ = [
+    "Cache",
+    "CachedModel",
+    "GeneratorDiscriminator",
+    "HeadedModel",
+    "LanguageModel",
+    "MemoryModel",
+    "ModelBuilder",
+    "OutputHead",
+    "TwoStreamModel",
+]
 
 Cache = Any
 """A model's own pytree of decoding state (keys and values, or a recurrent state), with rows first."""
 
 
 class OutputHead(NamedTuple):
-    """What maps hidden states to logits: `soft_cap(hidden @ table.T + bias)` over the first `vocab_size` rows."""
+    """What maps hidden states to logits: `soft_cap(head_hidden @ table.T + bias)` over the first `vocab_size` rows."""
 
-    table: Float[Array, "V D"]
+    table: Float[Array, "V E"]
     bias: Float[Array, " V"] | None = None
     soft_cap: float | None = None
     vocab_size: int | None = None
@@ -45,15 +58,25 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def head_hidden(self, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def head_hidden(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """What stands between the trunk and the table (BERT's dense, activation, norm); the identity for decoders.
 
-        Called on just the positions that are predicted.
+        E is the width of the table. Called on just the positions that are predicted.
         """
         ...
 
     def head_table(self) -> OutputHead:
         """The output table; a tied one is read from the embedding here, by a function and not by a shared Param."""
+        ...
+
+
+@runtime_checkable
+class HeadedModel(LanguageModel, Protocol):
+    """A model that objectives can put heads of their own on."""
+
+    @property
+    def head_style(self) -> HeadStyle:
+        """Width, activation, norm and initial values that a head on the hidden states takes over."""
         ...
 
 
@@ -73,6 +96,97 @@ class CachedModel(LanguageModel, Protocol):
         Positions count from 0 in each row, without gaps. -1 marks padding after a row's last token: it leaves the
         cache as it is, and its output means nothing.
         """
+        ...
+
+
+@runtime_checkable
+class MemoryModel(LanguageModel, Protocol):
+    """A model that remembers what it read in the rows before."""
+
+    def init_memory(self, batch_size: int) -> Any:
+        """The memory before any row, a pytree with rows first; None if the model is set to keep none."""
+        ...
+
+    def recurrent(
+        self,
+        tokens: Int[Array, "B L"],
+        *,
+        mask: AttentionMask,
+        memory: Any,
+        token_types: Int[Array, "B L"] | None = None,
+        backward: Bool[Array, " B"] | None = None,
+        reuse: int | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """Final hidden states of rows that see the memory, and the memory with them added, without gradient.
+
+        `backward` says which rows read their text from its end; `reuse`, how many of their first tokens are remembered.
+        """
+        ...
+
+
+@runtime_checkable
+class TwoStreamModel(MemoryModel, Protocol):
+    """A model that can predict tokens where it stands without reading them."""
+
+    def two_streams(
+        self,
+        tokens: Int[Array, "B L"],
+        predict: Int[Array, "B K"],
+        *,
+        content_mask: AttentionMask,
+        query_mask: AttentionMask,
+        memory: Any,
+        token_types: Int[Array, "B L"] | None = None,
+        backward: Bool[Array, " B"] | None = None,
+        reuse: int | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B K D"], Any]:
+        """Hidden states of what was read, those that predict the places `predict`, and the new memory."""
+        ...
+
+
+@runtime_checkable
+class GeneratorDiscriminator(Protocol):
+    """Two models in one: a generator that fills in masked tokens, and a discriminator that tells what it changed.
+
+    The arguments of both trunks are those of `LanguageModel.hidden`; dropout draws apart in them from the same seeds.
+    """
+
+    def generator_hidden(
+        self,
+        tokens: Int[Array, "B L"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B L"] | None = None,
+        token_types: Int[Array, "B L"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> Float[Array, "B L Dg"]:
+        """The generator's final hidden states, of masked tokens."""
+        ...
+
+    def generator_head_hidden(self, hidden: Float[Array, "... Dg"]) -> Float[Array, "... E"]:
+        """What stands between the generator's trunk and its table."""
+        ...
+
+    def generator_head_table(self) -> OutputHead:
+        """The generator's output table."""
+        ...
+
+    def discriminator_hidden(
+        self,
+        tokens: Int[Array, "B L"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B L"] | None = None,
+        token_types: Int[Array, "B L"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """The discriminator's final hidden states, of tokens some of which were replaced."""
+        ...
+
+    def discriminate(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape"]:
+        """Logits that tokens were replaced."""
         ...
 
 

@@ -11,6 +11,7 @@ from lmobj.models._layers import DTypeName
 
 __all__ = [
     "at_least",
+    "check_blocks",
     "check_length",
     "check_rates",
     "check_rotary",
@@ -42,10 +43,10 @@ def check_rates(settings: Any, *names: str) -> None:
             raise UserError(f"model.{name} is {value}; it must be in [0, 1).")
 
 
-def check_transformer(settings: Any) -> None:
-    """Refuses sizes that decoder and encoder cannot have."""
-    at_least(settings, 1, "layers", "width", "heads", "mlp_width", "max_length", "vocab_multiple")
-    check_rates(settings, "dropout", "attention_dropout", "embedding_dropout")
+def check_blocks(settings: Any, *rates: str) -> None:
+    """Refuses sizes that no stack of transformer blocks can have, and dropout rates outside [0, 1)."""
+    at_least(settings, 1, "layers", "width", "heads", "mlp_width", "vocab_multiple")
+    check_rates(settings, *rates)
     for name in ("norm_eps", "init_std"):
         if getattr(settings, name) <= 0:
             raise UserError(f"model.{name} is {getattr(settings, name)}; it must be above 0.")
@@ -53,6 +54,12 @@ def check_transformer(settings: Any) -> None:
         raise UserError(
             f"model.heads is {settings.heads} and model.width is {settings.width}; heads must divide the width."
         )
+
+
+def check_transformer(settings: Any) -> None:
+    """Refuses sizes that decoder and encoder cannot have."""
+    check_blocks(settings, "dropout", "attention_dropout", "embedding_dropout")
+    at_least(settings, 1, "max_length")
     if settings.attention_backend == "cudnn" and settings.attention_dropout > 0:
         raise UserError(
             f"model.attention_dropout is {settings.attention_dropout} and model.attention_backend is cudnn, which "

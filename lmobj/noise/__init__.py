@@ -6,6 +6,7 @@ Callers vmap over rows with one key per row. Nothing here knows a model or an ob
 from __future__ import annotations
 
 from lmobj.noise._dropout import dropout
+from lmobj.noise._hash import fold_index, gumbel
 from lmobj.noise._masking import (
     MaskedTokens,
     mask_tokens,
@@ -13,14 +14,41 @@ from lmobj.noise._masking import (
     mask_tokens_roberta,
     prediction_count,
 )
+from lmobj.noise._ngrams import mask_ngrams
+from lmobj.noise._permutation import (
+    PermutationRanks,
+    PermutedTokens,
+    check_permutation,
+    permutation_ranks,
+    permute_tokens,
+    span_targets,
+)
+from lmobj.noise._replaced_tokens import ReplacedTokens, mask_tokens_electra, replace_tokens, replacement_count
+from lmobj.noise._spans import MaskedSpans, mask_spans, span_budget
 from lmobj.noise._whole_words import mask_whole_words
 
 __all__ = [
+    "MaskedSpans",
     "MaskedTokens",
+    "PermutationRanks",
+    "PermutedTokens",
+    "ReplacedTokens",
+    "check_permutation",
     "dropout",
+    "fold_index",
+    "gumbel",
+    "mask_ngrams",
+    "mask_spans",
     "mask_tokens",
     "mask_tokens_bernoulli",
+    "mask_tokens_electra",
     "mask_tokens_roberta",
     "mask_whole_words",
+    "permutation_ranks",
+    "permute_tokens",
     "prediction_count",
+    "replace_tokens",
+    "replacement_count",
+    "span_budget",
+    "span_targets",
 ]

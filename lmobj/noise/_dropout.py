@@ -11,10 +11,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-__all__ = ["dropout"]
+from lmobj.noise._hash import fold_index, mix
 
-_GOLDEN = 0x9E3779B9
-"""2^32 / golden ratio, odd: multiples of it spread consecutive indices over all bits before they are hashed."""
+__all__ = ["dropout"]
 
 
 def dropout(
@@ -57,24 +56,11 @@ def _bits(
     shape: tuple[int, ...], seeds: UInt32[Array, " B"], layer: Int[Array, ""] | int, site: int, batch_axis: int
 ) -> UInt32[Array, "*shape"]:
     """32 random bits per element."""
-    address = jnp.asarray(layer).astype(jnp.uint32) * jnp.uint32(256) + jnp.uint32(site + 1)
-    state = _mix(seeds ^ _mix(address * jnp.uint32(_GOLDEN)))
+    address = jnp.asarray(layer).astype(jnp.uint32) * jnp.uint32(256) + jnp.uint32(site)
+    state = mix(seeds ^ fold_index(jnp.uint32(0), address))
     state = state.reshape([-1 if axis == batch_axis else 1 for axis in range(len(shape))])
     for axis, size in enumerate(shape):
         if axis != batch_axis:
-            index = (jnp.arange(1, size + 1, dtype=jnp.uint32) * jnp.uint32(_GOLDEN)).reshape(
-                [-1 if other == axis else 1 for other in range(len(shape))]
-            )
-            state = _mix(state ^ index)
+            index = jnp.arange(size).reshape([-1 if other == axis else 1 for other in range(len(shape))])
+            state = fold_index(state, index)
     return state
-
-
-def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """A bijection of 32-bit integers in which every input bit moves about half of the output bits.
-
-    The constants are `lowbias32` of Wellons 2018, "Prospecting for Hash Functions" (bias 0.17), after the finaliser
-    of MurmurHash3.
-    """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)

@@ -218,10 +218,17 @@ def replace_selected(
     mask_share: float,
     random_share: float,
     excluded_ids: tuple[int, ...] = (),
+    *,
+    heads: Int[Array, " L"] | None = None,
 ) -> Int[Array, " L"]:
-    """The row with each selected token masked, replaced at random (never by `excluded_ids`) or kept."""
+    """The row with each selected token masked, replaced at random (never by `excluded_ids`) or kept.
+
+    With `heads`, the tokens that have one head are masked, replaced or kept together; random tokens still differ.
+    """
     kind_key, token_key = jax.random.split(key)
     kind = jax.random.uniform(kind_key, tokens.shape, jnp.float32)
+    if heads is not None:
+        kind = kind[heads]
     excluded = sorted({i for i in excluded_ids if 0 <= i < vocab_size})
     random = jax.random.randint(token_key, tokens.shape, 0, vocab_size - len(excluded), jnp.int32)
     for excluded_id in excluded:  # steps over each excluded id, in ascending order

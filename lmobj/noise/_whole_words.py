@@ -15,7 +15,7 @@ from lmobj.noise._masking import (
     selection_scores,
 )
 
-__all__ = ["mask_whole_words"]
+__all__ = ["mask_whole_words", "word_ids"]
 
 
 def mask_whole_words(
@@ -53,7 +53,7 @@ def mask_whole_words(
     check_masking(mask_rate, mask_share, random_share, num_predictions)
     select_key, replace_key = jax.random.split(key)
     count = masked_count(length, tokens.shape[0], mask_rate, num_predictions)
-    words = _word_ids(candidates, word_starts)
+    words = word_ids(candidates, word_starts)
     sizes = jnp.zeros(tokens.shape, jnp.int32).at[words].add(candidates.astype(jnp.int32))
     order = jnp.argsort(selection_scores(select_key, sizes > 0))
     taken = _take_in_order(sizes[order], count)
@@ -63,7 +63,7 @@ def mask_whole_words(
     return gather_selected(tokens, corrupted, selected, num_predictions)
 
 
-def _word_ids(candidates: Bool[Array, " L"], word_starts: Bool[Array, " L"]) -> Int[Array, " L"]:
+def word_ids(candidates: Bool[Array, " L"], word_starts: Bool[Array, " L"]) -> Int[Array, " L"]:
     """The number of the word that each candidate belongs to, from 0; other tokens get some word's number."""
     is_first = candidates & (jnp.cumsum(candidates) == 1)
     starts = candidates & (word_starts | is_first)

@@ -1,38 +1,57 @@
 """Training objectives: each a frozen dataclass of hyper-parameters that is a pure function of (models, batch, keys)."""
 
 from lmobj.objectives._causal_lm import CausalLM
-from lmobj.objectives._functional import denominators, loss_fn, step_keys, total_loss
+from lmobj.objectives._entailment import Entailment
+from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_lm import MaskedLM
+from lmobj.objectives._mixture import Member, Mixture
 from lmobj.objectives._objective import (
     Context,
     Example,
+    Judge,
     Metric,
     Models,
     Objective,
     ObjectiveState,
     Role,
+    Rows,
     TermKind,
     Terms,
     token_metrics,
 )
+from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._registry import REGISTRY, ObjectiveConfig
+from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
+from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._transformer_xl import TransformerXL
 
 __all__ = [
     "REGISTRY",
     "CausalLM",
     "Context",
+    "Entailment",
     "Example",
+    "Judge",
     "MaskedLM",
+    "Member",
     "Metric",
+    "Mixture",
     "Models",
+    "NextSentencePrediction",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveState",
+    "PermutationLM",
+    "ReplacedTokenDetection",
     "Role",
+    "Rows",
+    "SentenceOrderPrediction",
     "TermKind",
     "Terms",
+    "TransformerXL",
     "denominators",
     "loss_fn",
+    "row_ids_of",
     "step_keys",
     "token_metrics",
     "total_loss",

@@ -12,49 +12,74 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj import losses, masks
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.objectives._objective import Context, Example, Models, Objective, Terms, token_metrics
+from lmobj.models import LanguageModel
+from lmobj.objectives._objective import Context, Example, Judge, Models, Objective, Terms, token_metrics
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "check_token_loss", "next_token_example", "next_token_terms"]
 
 
 @dataclass(frozen=True)
 class CausalLM(Objective):
-    """Causal LM over packed rows: each document sees itself only, and no token is predicted across documents.
+    """Causal LM over packed rows, or over the second of two texts.
 
     Rows are the documents end to end, an end-of-sequence token after each where the vocabulary has one. The last
-    token of a row and of a document's part in it predicts nothing. Metrics: `nll` (nats per token), `accuracy`,
-    `bits_per_byte` (nll in bits over the UTF-8 bytes of the predicted tokens).
+    token of a row predicts nothing; with `documents: isolated` neither does that of a document's part in it.
+
+    With `loss_on: completion` a row is one example of data whose documents are two texts (`data.source.pair`):
+    A eos B eos, and only the tokens of B, its end-of-sequence token included, are predicted. The tokens of A and the
+    one that ends it are read and cost nothing. [CLS] and [SEP] take no part, whether the vocabulary has them or not.
+
+    Metrics: `nll` (nats per token), `accuracy`, `bits_per_byte` (nll in bits over the UTF-8 bytes of the predicted
+    tokens).
     """
 
     summary: ClassVar[str] = "Predict each token from those before it (GPT)."
     paper: ClassVar[str] = "Radford et al. 2018, Improving Language Understanding by Generative Pre-Training"
-    judged_by: ClassVar[Literal["bits_per_byte"]] = "bits_per_byte"
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["causal_lm"] = "causal_lm"
     """Predict each token from those before it."""
+    documents: Literal["isolated", "joined"] = "isolated"
+    """`isolated`: a document of a row sees itself only; `joined`: a row is one text, in which attention, positions and
+    targets run on from document to document (GPT-3)."""
+    loss_on: Literal["all", "completion"] = "all"
+    """`all`: every token is predicted; `completion`: those of the second text of each pair."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread evenly over the whole vocabulary, in [0, 1)."""
     z_loss: float = 0.0
     """Weight of logsumexp(logits)^2 per token, at least 0 (PaLM: 1e-4)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
-        if self.z_loss < 0:
-            raise UserError(f"objective.z_loss is {self.z_loss}; it must be at least 0.")
+        check_token_loss(self.label_smoothing, self.z_loss)
+        if self.documents == "joined" and self.loss_on == "completion":
+            raise UserError(
+                "objective.documents is joined and objective.loss_on is completion, whose rows hold one example each; "
+                "accepted: documents=isolated, or loss_on=all."
+            )
+
+    @property
+    def judged_by(self) -> Judge:
+        """`bits_per_byte` where n-gram models can be scored on the same tokens: on documents by themselves."""
+        return "bits_per_byte" if (self.documents, self.loss_on) == ("isolated", "all") else "loss"
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
-        """Packed rows of `length` tokens; refuses a length that leaves nothing to predict."""
+        """Rows of `length` tokens; refuses a length that leaves nothing to predict, and completions without an end."""
         if length < 2:
             raise UserError(f"data.length is {length}; causal_lm predicts the next token and needs at least 2.")
         suffix = () if vocab.eos is None else (vocab.eos,)
-        return RowSpec("packed", length, suffix=suffix, fields=("token_bytes",))
+        if self.loss_on == "all":
+            return RowSpec("packed", length, suffix=suffix, fields=("token_bytes",))
+        if vocab.eos is None:
+            raise UserError(
+                "objective.loss_on is completion, which ends both texts with an end-of-sequence token, and the "
+                "vocabulary has none; set a tokenizer with one."
+            )
+        return RowSpec("examples", length, suffix=suffix, fields=("token_bytes",), two_texts=True)
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """Shifts the row by one to make targets; nothing is random.
@@ -62,43 +87,92 @@ class CausalLM(Objective):
         `loss_mask [B, L]` in the batch, if given, says which tokens are predicted (1) and which only read (0).
         `token_bytes` gives the targets' bytes for bits per byte.
         """
-        tokens, segments = batch["tokens"], batch["segment_ids"]
-        same_document = (segments == _shift_left(segments)) & (segments > 0)
-        weights = same_document.astype(jnp.float32)
-        if "loss_mask" in batch:
-            weights = weights * _shift_left(batch["loss_mask"])
-        extra = {"target_bytes": _shift_left(batch["token_bytes"])} if "token_bytes" in batch else {}
-        return Example(
-            inputs=tokens,
-            targets=_shift_left(tokens),
-            weights=weights,
-            mask=masks.causal().packed(segments),
-            positions=batch["positions"],
-            extra=extra,
-        )
+        segments, positions = batch["segment_ids"], batch["positions"]
+        if self.documents == "joined":
+            segments = (segments > 0).astype(segments.dtype)
+            positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+        predicted = batch["token_types"] == 1 if self.loss_on == "completion" else None
+        return next_token_example(batch, segments, positions, predicted)
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the weighted sum of next-token losses, with label smoothing and z-loss where they are set."""
         model = models["model"]
         hidden = model.hidden(example.inputs, mask=example.mask, positions=example.positions, dropout=ctx.dropout)
-        head = model.head_table()
-        stats = losses.linear_logit_stats(
-            model.head_hidden(hidden),
-            head.table,
-            example.targets,
-            bias=head.bias,
-            vocab_size=head.vocab_size,
-            soft_cap=head.soft_cap,
+        return next_token_terms(
+            model, hidden, example, label_smoothing=self.label_smoothing, z_loss=self.z_loss, carried=carried
         )
-        classes = head.vocab_size or head.table.shape[0]
-        loss = losses.label_smoothed_nll(stats, epsilon=self.label_smoothing, num_classes=classes)
-        loss = loss + self.z_loss * losses.z_loss(stats)
-        nll = losses.nll(stats)
-        metrics = token_metrics(nll, example.weights, stats.correct)
-        if "target_bytes" in example.extra:
-            bits = jnp.sum(nll * example.weights) / math.log(2)
-            metrics["bits_per_byte"] = (bits, jnp.sum(example.extra["target_bytes"] * example.weights))
-        return Terms({"nll": jnp.sum(loss * example.weights)}, metrics, carried)
+
+
+def check_token_loss(label_smoothing: float, z_loss: float) -> None:
+    """Refuses settings of `next_token_terms` that are out of range."""
+    if not 0 <= label_smoothing < 1:
+        raise UserError(f"objective.label_smoothing is {label_smoothing}; it must be in [0, 1).")
+    if z_loss < 0:
+        raise UserError(f"objective.z_loss is {z_loss}; it must be at least 0.")
+
+
+def next_token_example(
+    batch: Batch,
+    segments: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    predicted: Bool[Array, "B L"] | None = None,
+) -> Example:
+    """Each token's target is the next one of its segment, under a causal mask that keeps to segments.
+
+    Args:
+      batch: `tokens`; where it has them, `loss_mask` and `token_bytes` (see `CausalLM.corrupt`).
+      segments: of the tokens; 0 for padding.
+      positions: of the tokens.
+      predicted: the tokens that are predicted; by default all.
+    """
+    tokens = batch["tokens"]
+    weights = ((segments == _shift_left(segments)) & (segments > 0)).astype(jnp.float32)
+    if predicted is not None:
+        weights = weights * _shift_left(predicted)
+    if "loss_mask" in batch:
+        weights = weights * _shift_left(batch["loss_mask"])
+    extra = {"target_bytes": _shift_left(batch["token_bytes"])} if "token_bytes" in batch else {}
+    return Example(
+        inputs=tokens,
+        targets=_shift_left(tokens),
+        weights=weights,
+        mask=masks.causal().packed(segments),
+        positions=positions,
+        extra=extra,
+    )
+
+
+def next_token_terms(
+    model: LanguageModel,
+    hidden: Float[Array, "B L D"],
+    example: Example,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+    carried: Any,
+) -> Terms:
+    """`nll` from the hidden states of `next_token_example`'s rows, and its metrics.
+
+    Per token: label_smoothed_nll + z_loss * logsumexp(logits)^2. The metrics are of the nll alone.
+    """
+    head = model.head_table()
+    stats = losses.linear_logit_stats(
+        model.head_hidden(hidden),
+        head.table,
+        example.targets,
+        bias=head.bias,
+        vocab_size=head.vocab_size,
+        soft_cap=head.soft_cap,
+    )
+    classes = head.vocab_size or head.table.shape[0]
+    loss = losses.label_smoothed_nll(stats, epsilon=label_smoothing, num_classes=classes)
+    loss = loss + z_loss * losses.z_loss(stats)
+    nll = losses.nll(stats)
+    metrics = token_metrics(nll, example.weights, stats.correct)
+    if "target_bytes" in example.extra:
+        bits = jnp.sum(nll * example.weights) / math.log(2)
+        metrics["bits_per_byte"] = (bits, jnp.sum(example.extra["target_bytes"] * example.weights))
+    return Terms({"nll": jnp.sum(loss * example.weights)}, metrics, carried)
 
 
 def _shift_left(x: Array) -> Array:

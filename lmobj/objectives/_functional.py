@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,13 +17,25 @@ from jaxtyping import Array, Float, Int, Key
 from lmobj.batch import Batch, Vocabulary, row_keys
 from lmobj.objectives._objective import Context, Example, Metric, Models, Objective, TermKind, Terms
 
-__all__ = ["denominators", "loss_fn", "step_keys", "total_loss"]
+__all__ = ["denominators", "loss_fn", "row_ids_of", "step_keys", "total_loss"]
+
+RowIds = Any
+"""[B, 2], or of a mixture these by member."""
 
 
 def step_keys(
-    key: Key[Array, ""], row_ids: Int[Array, "B 2"], step: Int[Array, ""] | int, update: Int[Array, ""] | int = 0
-) -> tuple[Key[Array, " B"], Key[Array, " B"]]:
-    """Keys per row for one update: (noise keys, model keys), two domains that never meet."""
+    key: Key[Array, ""], row_ids: RowIds, step: Int[Array, ""] | int, update: Int[Array, ""] | int = 0
+) -> tuple[Any, Any]:
+    """Keys per row for one update: (noise keys [B], model keys [B]), two domains that never meet.
+
+    Of the row ids of a mixture, by member, they are dicts alike; members that read the same row draw differently.
+    """
+    if isinstance(row_ids, Mapping):
+        each = {
+            name: step_keys(jax.random.fold_in(key, zlib.crc32(name.encode())), ids, step, update)
+            for name, ids in row_ids.items()
+        }
+        return {name: keys[0] for name, keys in each.items()}, {name: keys[1] for name, keys in each.items()}
     rows = row_keys(key, row_ids, step)
     noise, model = (
         jax.vmap(lambda k, d=domain: jax.random.fold_in(jax.random.fold_in(k, d), update))(rows) for domain in (0, 1)
@@ -30,11 +43,21 @@ def step_keys(
     return noise, model
 
 
+def row_ids_of(batch: Any) -> RowIds:
+    """The row ids of a batch; of a mixture's, which is a dict of batches, those of each member."""
+    if "row_ids" in batch:
+        return batch["row_ids"]
+    return {name: row_ids_of(part) for name, part in batch.items()}
+
+
 def denominators(objective: Objective, example: Example, axis_name: Any = None) -> dict[str, Float[Array, ""]]:
     """One global denominator per term: weights over all rows (and devices of `axis_name`), plus the term's epsilon."""
     weights = objective.weights(example)
     if axis_name is not None:
-        weights = jax.lax.psum(weights, axis_name)
+        weights = {
+            name: weight if objective.term_kinds.get(name) is TermKind.PARAMETER else jax.lax.psum(weight, axis_name)
+            for name, weight in weights.items()
+        }
     return {name: weight + objective.epsilon.get(name, 0.0) for name, weight in weights.items()}
 
 
@@ -79,12 +102,12 @@ def loss_fn(
     def loss(
         params: Mapping[str, Any], batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Metric]]:
-        noise_keys, model_keys = step_keys(key, batch["row_ids"], 0)
-        ctx = Context(model_keys, 0, vocab, train=train)
+        noise_keys, model_keys = step_keys(key, row_ids_of(batch), 0)
         models: Models = {role: nnx.merge(graphs[role], params[role]) for role in graphs}
+        state = objective.init(models, key, len(jax.tree.leaves(model_keys)[0]))
+        ctx = Context(model_keys, 0, vocab, state.params, train=train)
         prepared = objective.prepare(models, jax.lax.stop_gradient(batch), ctx)
         example = objective.corrupt(noise_keys, jax.lax.stop_gradient(prepared), ctx)
-        state = objective.init(key, batch["tokens"].shape[0])
         terms = objective.terms(models, example, state.carried, ctx)
         shared = denominators(objective, example, axis_name)
         if axis_name is not None:

@@ -1,6 +1,8 @@
 """The objective contract: a training objective is a pure function of (models, batch, keys).
 
     rows(vocab, length)                     the rows it reads; refuses settings that cannot be satisfied
+    build_heads(style, vocab, rngs)         what it puts on the model's hidden states, if it has a role `heads`
+    init(models, key, batch_size)           parameters of its own and what is carried from step to step
     prepare(models, batch, ctx)             outside the gradient, once per global batch
     corrupt(keys, batch, ctx)               rows -> Example, on the device
     weights(example)                        {term: denominator}, additive over rows
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -25,11 +27,17 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from lmobj.batch import Batch, RowSpec, Vocabulary, dropout_seeds
 from lmobj.masks import AttentionMask
+from lmobj.models import HeadStyle
 
-__all__ = ["Context", "Example", "Models", "Objective", "ObjectiveState", "Role", "TermKind", "Terms"]
+__all__ = ["Context", "Example", "Judge", "Models", "Objective", "ObjectiveState", "Role", "Rows", "TermKind", "Terms"]
 
 Models = Mapping[str, nnx.Module]
 """Role name -> model."""
+
+Rows = RowSpec | Mapping[str, RowSpec]
+"""The rows of one batch, or of each batch of a mixture by the names of its members."""
+
+Judge = Literal["loss", "bits_per_byte", "top5_accuracy"]
 
 Metric = tuple[Array, Array]
 """(sum, weight): added over rows, microbatches and devices, divided once when it is logged."""
@@ -56,9 +64,10 @@ class TermKind(enum.Enum):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What surrounds a batch. `keys` are one per row, for dropout and for sampling from models."""
+    """What surrounds a batch. `keys` are one per row, for dropout and for sampling from models; of a mixture, by the
+    names of its members."""
 
-    keys: Key[Array, " B"]
+    keys: Any
     step: Int[Array, ""] | int
     vocab: Vocabulary = dataclasses.field(metadata={"static": True})
     params: Any = ()
@@ -117,28 +126,56 @@ class Objective:
     """Base of every objective: a frozen dataclass of hyper-parameters. See the module docstring for the contract.
 
     A subclass sets `summary` and `paper`, implements `rows`, `corrupt` and `terms`, and overrides the rest when it
-    differs. `term_weights` gives each term its default coefficient; the config can override them.
+    differs: the properties by a ClassVar, or by a property where they depend on its settings.
     """
 
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    roles: ClassVar[Mapping[str, Role]] = {"model": Role.TRAINABLE}
-    coefficients: ClassVar[Mapping[str, float]] = {"nll": 1.0}
-    epsilon: ClassVar[Mapping[str, float]] = {}
-    """Added to a term's denominator where the reference does so (BERT: 1e-5)."""
-    term_kinds: ClassVar[Mapping[str, TermKind]] = {}
-    """Kinds of the terms that are not `TermKind.SUM`."""
-    judged_by: ClassVar[Literal["loss", "bits_per_byte", "top5_accuracy"]] = "loss"
-    """The held-out figure that says most about a model of this objective: `bits_per_byte`, beside n-gram models, or
-    `top5_accuracy` on masked words, beside a unigram."""
     updates: ClassVar[int] = 1
     """Optimizer updates over one prepared batch (PPO's inner epochs)."""
 
-    def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """The models it needs. `model` is the config's; `heads`, if there, what `build_heads` returns."""
+        return {"model": Role.TRAINABLE}
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """Each term, and its coefficient unless the config sets another."""
+        return {"nll": 1.0}
+
+    @property
+    def epsilon(self) -> Mapping[str, float]:
+        """Added to a term's denominator where the reference does so (BERT: 1e-5)."""
+        return {}
+
+    @property
+    def term_kinds(self) -> Mapping[str, TermKind]:
+        """Kinds of the terms that are not `TermKind.SUM`."""
+        return {}
+
+    @property
+    def judged_by(self) -> Judge:
+        """The held-out figure that says most about a model of this objective: `bits_per_byte`, beside n-gram models,
+        or `top5_accuracy` on masked words, beside a unigram."""
+        return "loss"
+
+    def rows(self, vocab: Vocabulary, length: int) -> Rows:
         """The rows this objective reads for model inputs of `length` tokens. Raises UserError when it cannot."""
         raise NotImplementedError
 
-    def init(self, key: Key[Array, ""], batch_size: int) -> ObjectiveState:
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Refuses data whose classes, these by name, the objective cannot tell apart. Most do not look at them."""
+
+    def member_rows(self, batch_size: int) -> Mapping[str, int]:
+        """Rows of each member's batch in a global batch of `batch_size`, where `rows` returns those of members."""
+        raise NotImplementedError
+
+    def build_heads(self, style: HeadStyle, vocab: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
+        """The model of the role `heads`, in the style of the model that it stands on."""
+        raise NotImplementedError
+
+    def init(self, models: Models, key: Key[Array, ""], batch_size: int) -> ObjectiveState:
         """Initial state for a global batch of `batch_size` rows; empty for most objectives."""
         return ObjectiveState()
 

@@ -19,17 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
 from lmobj import partition
 from lmobj._yaml import to_yaml
-from lmobj.batch import LABEL_FIELDS, RowSpec, Vocabulary
-from lmobj.data import DataConfig, Dataset, HostBatch, prepare
+from lmobj.batch import RowSpec, Vocabulary
+from lmobj.data import DataConfig, Dataset, prepare
 from lmobj.errors import UserError
-from lmobj.models import ModelBuilder
-from lmobj.objectives import Objective, Role
+from lmobj.models import HeadedModel, ModelBuilder
+from lmobj.objectives import Objective, Role, Rows
 from lmobj.train import distributed
+from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together
 from lmobj.train.config import TrainConfig
 from lmobj.train.guard import GUARD
 from lmobj.train.optimizers import make_optimizer
@@ -78,7 +79,7 @@ class Design:
     config: Experiment
     objective: Objective
     vocab: Vocabulary
-    rows: RowSpec
+    rows: Rows
     mesh: Mesh
     rules: partition.Rules
     program: Program
@@ -128,11 +129,31 @@ class Design:
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     @property
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract_batch(self) -> dict[str, Any]:
         """Shape, dtype and sharding of every array of a global batch."""
-        sharding = batch_sharding(self.mesh, self.rules)
-        shapes = batch_shapes(self.rows, self.config.train.batch_size)
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
+        shapes = {name: batch_shapes(spec, self.batch_sizes[name]) for name, spec in self._members.items()}
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding), shapes)
+        return placed[""] if isinstance(self.rows, RowSpec) else placed
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows of a global batch: of each member of a mixture by its name, else under no name."""
+        size = self.config.train.batch_size
+        return {"": size} if isinstance(self.rows, RowSpec) else dict(self.objective.member_rows(size))
+
+    @property
+    def _members(self) -> dict[str, RowSpec]:
+        """The rows of each member of a mixture, else those of the one batch under no name."""
+        return {"": self.rows} if isinstance(self.rows, RowSpec) else dict(self.rows)
+
+    @property
+    def spec(self) -> RowSpec:
+        """The rows that the objective reads; of a mixture, those of its first member."""
+        return next(iter(self._members.values()))
+
+    @property
+    def _batch_sharding(self) -> NamedSharding:
+        return batch_sharding(self.mesh, self.rules)
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The training step, traced from shapes: `.compile()` it for its memory and text."""
@@ -140,44 +161,40 @@ class Design:
             return self._jitted_train_step.lower(self.abstract_state, {}, self.abstract_batch)
 
     @functools.cached_property
-    def eval_step(self) -> Callable[[State, HostBatch], StepMetrics]:
-        """Metrics of a host batch."""
-        step = jax.jit(self.program.eval_step)
-        return lambda state, batch: self._run(step, state, batch)
+    def eval_step(self) -> Callable[..., tuple[StepMetrics, Any]]:
+        """Of (state, batch, carried): the metrics of the batch, and what is carried to the next one of the split.
 
-    def _run(self, step: Callable[..., Any], state: State, batch: Mapping[str, Any]) -> Any:
+        Before the first, `fresh_carried` gives it.
+        """
+        step = jax.jit(self.program.eval_step)
+        return lambda state, batch, carried=(): self._run(step, state, batch, carried)
+
+    def fresh_carried(self, state: State) -> Any:
+        """What an objective with a memory carries before any text was read."""
         with active(self.mesh, self.rules):
-            placed = batch if isinstance(batch["row_ids"], jax.Array) else self.on_devices(batch)
-            return step(state, {}, placed)
+            fresh = jax.jit(
+                lambda state: self.program.fresh_carried(state, {}, self.config.train.batch_size),
+                out_shardings=self.shardings.objective.carried,
+            )
+            return fresh(state)
+
+    def _run(self, step: Callable[..., Any], state: State, batch: Mapping[str, Any], *more: Any) -> Any:
+        with active(self.mesh, self.rules):
+            placed = batch if isinstance(jax.tree.leaves(batch)[0], jax.Array) else self.on_devices(batch)
+            return step(state, {}, placed, *more)
 
     @functools.cached_property
-    def local_rows(self) -> NDArray[np.int64] | None:
-        """The rows of a global batch that this process's devices compute on, ascending; None: all of them.
+    def local_rows(self) -> dict[str, NDArray[np.int64] | None]:
+        """The rows that this process reads of each of `batch_sizes`, ascending; None: all of them."""
+        return {name: local_rows(self._batch_sharding, size) for name, size in self.batch_sizes.items()}
 
-        Processes that share rows between them, as the tensor axis has it, each read those rows.
-        """
-        sharding, size = batch_sharding(self.mesh, self.rules), self.config.train.batch_size
-        if sharding.is_fully_addressable:
-            return None
-        shards = sharding.addressable_devices_indices_map((size,)).values()
-        return np.unique(np.concatenate([np.arange(size)[shard] for shard in shards]))
-
-    def on_devices(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def on_devices(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The global batch, of which this process gives its `local_rows`."""
-        sharding, local = batch_sharding(self.mesh, self.rules), self.local_rows
-        if local is None:
-            placed: dict[str, jax.Array] = jax.device_put(batch, sharding)
-            return placed
-        size = self.config.train.batch_size
-
-        def place(rows: NDArray) -> jax.Array:
-            def shard(index: Any) -> NDArray:
-                first, last = np.searchsorted(local, np.arange(size)[index[0]][[0, -1]])
-                return rows[first : last + 1]
-
-            return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, shard)
-
-        return {name: place(rows) for name, rows in batch.items()}
+        placed = {
+            name: on_devices(part, self._batch_sharding, self.batch_sizes[name])
+            for name, part in members(batch).items()
+        }
+        return placed[""] if isinstance(self.rows, RowSpec) else placed
 
     def gathered(self, state: State) -> dict[str, Any]:
         """The state's weights on the host, {role: nested dict of arrays}. Every process calls it and has all of them.
@@ -219,39 +236,21 @@ class Assembly(Design):
             f"{f' ({axes})' if axes else ''}{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}"
         )
 
-    def batches(
-        self, split: str, *, start: int = 0, steps: int | None = None, whole: bool = False
-    ) -> Iterator[HostBatch]:
+    def batches(self, split: str, *, start: int = 0, steps: int | None = None, whole: bool = False) -> Iterator[Any]:
         """Batches of a split from step `start`; on the training split in this run's order, else each row once.
 
-        With several processes each reads its `local_rows` of every batch, or with `whole` all rows.
+        With several processes each reads its `local_rows` of every batch, or with `whole` all rows. A mixture's batches
+        are dicts of batches by member.
         """
-        train = self.config.train
-        return self.dataset.batches(
-            self.rows,
-            split=split,
-            seed=train.seed,
-            batch_size=train.batch_size,
-            start=start,
-            steps=steps,
-            local=None if whole else self.local_rows,
-        )
-
-
-def batch_shapes(rows: RowSpec, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array of a batch of such rows (see `lmobj.batch`)."""
-    per_token = dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
-    shapes = {"row_ids": jax.ShapeDtypeStruct((batch_size, 2), jnp.int32)}
-    for name in rows.fields:
-        if name in LABEL_FIELDS:
-            shapes[name] = jax.ShapeDtypeStruct((batch_size,), jnp.dtype(LABEL_FIELDS[name]))
-        else:
-            per_token[name] = jnp.bool_ if name == "word_starts" else jnp.int32
-    if rows.layout in ("pairs", "examples"):
-        per_token["token_types"] = jnp.int32
-    if rows.layout == "pairs":
-        shapes["pair_labels"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return shapes | {name: jax.ShapeDtypeStruct((batch_size, rows.length), x) for name, x in per_token.items()}
+        seed, sizes = self.config.train.seed, self.batch_sizes
+        local = dict.fromkeys(sizes) if whole else self.local_rows
+        rows = {
+            name: self.dataset.rows(spec, split=split, seed=seed, batch_size=sizes[name])
+            for name, spec in self._members.items()
+        }
+        if isinstance(self.rows, RowSpec):
+            return rows[""].batches(start, steps, local[""])
+        return together(rows, start=start, steps=steps, local=local)
 
 
 def resolved(config: Experiment, objective: Objective) -> dict[str, Any]:
@@ -288,6 +287,7 @@ def assemble(
         quiet = quiet or not distributed.is_first()
         dataset = distributed.first_alone("data", lambda: prepare(config.data, quiet=quiet))
         parts = design(config, dataset.vocab, mesh=mesh, objective=objective, model=model)
+        parts.objective.check_classes(dataset.classes)
     distributed.same("data", dataset.fingerprint, _differing_data)
     return Assembly(**vars(parts), dataset=dataset)
 
@@ -331,18 +331,21 @@ def design(
     mesh = _checked_mesh(settings, mesh)
     rules = make_rules(settings.sharding)
     rows = objective.rows(vocab, config.data.length)
-    role = _only_role(objective)
+    if not isinstance(rows, RowSpec):
+        for size in objective.member_rows(settings.batch_size).values():
+            check_batch(size, mesh, make_rules(settings.sharding), accumulate=settings.accumulate)
+    roles = _built_roles(objective)
 
-    def build() -> nnx.Module:
-        return builder.build(vocab, nnx.Rngs(params=jax.random.key(settings.seed)))
+    def build() -> dict[str, nnx.Module]:
+        return _build(objective, builder, vocab, roles, settings.seed)
 
     abstract = nnx.eval_shape(build)
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
     program = Program(
         objective=objective,
-        graphs={role: nnx.split(abstract)[0]},
+        graphs={role: nnx.split(model)[0] for role, model in abstract.items()},
         vocab=vocab,
-        optimizer=make_optimizer(settings.optimizer, schedule, logical_axes={role: logical_axes(abstract)}),
+        optimizer=make_optimizer(settings.optimizer, schedule, logical_axes=logical_axes(abstract)),
         coefficients=_coefficients(objective, settings),
         seed=settings.seed,
         accumulate=settings.accumulate,
@@ -351,11 +354,12 @@ def design(
     )
 
     def init() -> State:
-        return program.init({role: nnx.to_pure_dict(nnx.state(build()))}, settings.batch_size)
+        params = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in build().items()}
+        return program.init(params, settings.batch_size)
 
     with active(mesh, rules):
         shapes = jax.eval_shape(init)
-    parameters = parameter_shardings({role: abstract}, mesh, rules)
+    parameters = parameter_shardings(abstract, mesh, rules)
     shardings = state_shardings(shapes, parameters, mesh, rules)
     return Design(
         config=config,
@@ -380,16 +384,38 @@ def _checked_mesh(settings: TrainConfig, mesh: Mesh | None = None) -> Mesh:
     return mesh
 
 
-def _only_role(objective: Objective) -> str:
-    """The role of the one model that `fit` builds and trains."""
-    if list(objective.roles.values()) != [Role.TRAINABLE]:
-        roles = ", ".join(f"{name} ({kind.value})" for name, kind in objective.roles.items())
+HEADS = "heads"
+"""The role of what an objective puts on the model's hidden states."""
+
+
+def _built_roles(objective: Objective) -> tuple[str, ...]:
+    """The roles that `fit` builds and trains: one model, and the objective's heads where it has some."""
+    roles = objective.roles
+    models = [name for name in roles if name != HEADS]
+    if len(models) != 1 or any(kind is not Role.TRAINABLE for kind in roles.values()):
+        described = ", ".join(f"{name} ({kind.value})" for name, kind in roles.items())
         raise UserError(
-            f"objective is {type(objective).__name__}, which needs the models {roles}; fit trains objectives with one "
-            "trainable model. Train others with lmobj.train.Program, which takes any number."
+            f"objective is {type(objective).__name__}, which needs the models {described}; fit trains objectives with "
+            "one trainable model and heads on it. Train others with lmobj.train.Program, which takes any number."
         )
-    (role,) = objective.roles
-    return role
+    return tuple(models + [HEADS] * (HEADS in roles))
+
+
+def _build(
+    objective: Objective, builder: ModelBuilder, vocab: Vocabulary, roles: tuple[str, ...], seed: int
+) -> dict[str, nnx.Module]:
+    """The models with fresh parameters, by role."""
+    key = jax.random.key(seed)
+    model = builder.build(vocab, nnx.Rngs(params=key))
+    if HEADS not in roles:
+        return {roles[0]: model}
+    if not isinstance(model, HeadedModel):
+        raise UserError(
+            f"objective is {type(objective).__name__}, which puts heads on the model, and {type(model).__name__} does "
+            "not say what they should look like; give it a property head_style that returns a lmobj.models.HeadStyle."
+        )
+    heads = objective.build_heads(model.head_style, vocab, nnx.Rngs(params=jax.random.fold_in(key, 1)))
+    return {roles[0]: model, HEADS: heads}
 
 
 def _coefficients(objective: Objective, settings: TrainConfig) -> dict[str, Callable[[Any], Any]]:

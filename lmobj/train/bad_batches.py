@@ -16,6 +16,7 @@ import numpy as np
 
 from lmobj.data import HostBatch, Tokenizer
 from lmobj.train.assemble import Assembly
+from lmobj.train.batches import members
 from lmobj.train.distributed import AgreedError, is_first
 from lmobj.train.guard import Verdict
 from lmobj.train.run_folder import RunFolder
@@ -81,7 +82,9 @@ class BadBatches:
         folder.mkdir(exist_ok=True)
         (batch,) = self.run.batches("train", start=step - 1, steps=1, whole=True)  # a batch is a function of its step
         content = io.BytesIO()
-        np.savez(content, **{name: np.asarray(rows) for name, rows in batch.items()})  # type: ignore[arg-type]
+        parts = members(batch)
+        arrays = {f"{part}/{name}".lstrip("/"): np.asarray(x) for part in parts for name, x in parts[part].items()}
+        np.savez(content, **arrays)  # type: ignore[arg-type]
         write_atomically(path, content.getvalue())
         write_atomically(path.with_suffix(".txt"), _readable(step, verdict, batch, self.run.dataset.tokenizer))
         return path
@@ -90,8 +93,9 @@ class BadBatches:
 def _readable(step: int, verdict: Verdict, batch: HostBatch, tokenizer: Tokenizer) -> str:
     """The batch as text: what was wrong, then the segments of each row."""
     lines = [f"step {step}: {verdict}"]
-    for row, (tokens, segments) in enumerate(zip(batch["tokens"], batch["segment_ids"], strict=True)):
-        source, example = batch["row_ids"][row]
-        lines.append(f"\n--- row {row} (source {source}, example {example}) ---")
-        lines += [tokenizer.decode(tokens[segments == segment]) for segment in np.unique(segments[segments > 0])]
+    for name, part in members(batch).items():
+        for row, (tokens, segments) in enumerate(zip(part["tokens"], part["segment_ids"], strict=True)):
+            source, example = part["row_ids"][row]
+            lines.append(f"\n--- {name} row {row} (source {source}, example {example}) ---".replace("  ", " "))
+            lines += [tokenizer.decode(tokens[segments == segment]) for segment in np.unique(segments[segments > 0])]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lmobj.evaluate import Cloze, NGram, cloze_hits, unigram_top_k
 from lmobj.train.assemble import Assembly
-from lmobj.train.step import TERM, State
+from lmobj.train.step import TERM, State, StepMetrics
 
 __all__ = ["Evaluation", "readable"]
 
@@ -43,7 +43,7 @@ class Evaluation:
         For an objective judged by it, `top5_accuracy` on masked words is among them.
         """
         sums: dict[str, NDArray] = defaultdict(lambda: np.zeros(2))
-        steps = (self.run.eval_step(state, batch) for batch in self.run.batches(self.split, steps=batches))
+        steps = self._steps(state, batches)
         for step, _ in itertools.pairwise(itertools.chain(steps, [None])):  # read while the device is at the next one
             for name, pair in jax.device_get(step).items():
                 sums[name] += np.asarray(pair, np.float64)
@@ -55,9 +55,16 @@ class Evaluation:
             metrics["top5_accuracy"] = self._top5_accuracy(state, self.cloze)
         return metrics
 
+    def _steps(self, state: State, batches: int | None) -> Iterator[StepMetrics]:
+        """The metrics of each batch; what the objective carries goes from one to the next."""
+        carried = self.run.fresh_carried(state)
+        for batch in self.run.batches(self.split, steps=batches):
+            metrics, carried = self.run.eval_step(state, batch, carried)
+            yield metrics
+
     def baselines(self) -> dict[str, dict[str, float]]:
         """What models without a network reach on the same held-out text, by the figure the objective is judged by."""
-        data, spec = self.run.dataset, self.run.rows
+        data, spec = self.run.dataset, self.run.spec
         vocab = data.vocab
         if not self.has_text or (self.cloze is not None and not self.cloze.count):
             return {}
@@ -95,7 +102,7 @@ class Evaluation:
 
     def _read(self, fields: tuple[str, ...] = ()) -> dict[str, NDArray]:
         """All rows of the split, with these fields beside those that the objective reads."""
-        spec, size = self.run.rows, self.run.config.train.batch_size
+        spec, size = self.run.spec, self.run.config.train.batch_size
         spec = dataclasses.replace(spec, fields=tuple(dict.fromkeys((*spec.fields, *fields))))
         batches = list(self.run.dataset.batches(spec, split=self.split, batch_size=size))
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

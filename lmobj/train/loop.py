@@ -114,11 +114,10 @@ def _rehearse(run: Assembly) -> None:
     mask only once the model was trained.
     """
     memory.check_state(run)
-    (batch,) = run.batches("train", steps=1)
-    rows = run.config.train.batch_size  # of which `batch` holds those of this process
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    next(run.batches("train", steps=1))
     with active(run.mesh, run.rules):
-        jax.eval_shape(run.program.eval_step, run.abstract_state, {}, shapes)
+        carried = run.abstract_state.objective.carried
+        jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)
     check_samples(run)
 
 
@@ -169,7 +168,7 @@ def _tracker(run: Assembly, folder: RunFolder, *, start: int, quiet: bool) -> Tr
         folder.path,
         start=start,
         total=settings.steps,
-        tokens_per_step=settings.batch_size * run.config.data.length,
+        tokens_per_step=sum(run.batch_sizes.values()) * run.config.data.length,
         flops_per_token=6 * run.parameter_count,
         quiet=quiet,
         sinks=list(_sinks(run, folder, start, quiet=quiet)) if distributed.is_first() else (),

@@ -28,12 +28,12 @@ from lmobj.errors import UserError
 from lmobj.train.storage import write_atomically
 from lmobj.train.tracking import read_metrics
 
-__all__ = ["plot_curves", "write_report"]
+__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PINK", "STYLE", "plot_curves", "write_report"]
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5F6B7A"
 """Colours that people with any common colour blindness can tell apart (Okabe and Ito 2008)."""
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
     "font.size": 10.5,
@@ -147,7 +147,7 @@ def plot_curves(run_dir: str | Path, path: str | Path) -> Path:
     The file's suffix chooses the format: svg, png, pdf.
     """
     run = _read(Path(run_dir))
-    with matplotlib.rc_context({**_STYLE, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": "path"}):
         figure = Figure(figsize=(11, 3.8), layout="constrained")
         for axes, draw in zip(figure.subplots(1, 2), (_draw_loss, _draw_judged), strict=True):
             draw(axes, run)
@@ -270,7 +270,7 @@ def _charts(run: Run) -> list[Draw]:
 
 def _svg(run: Run, draw: Draw) -> tuple[str, markupsafe.Markup]:
     """A chart's title, and the chart as an SVG element that scales with the page."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 3.5), layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.subplots()

@@ -27,6 +27,7 @@ from lmobj.objectives import (
     ObjectiveState,
     TermKind,
     denominators,
+    row_ids_of,
     step_keys,
     total_loss,
 )
@@ -101,7 +102,8 @@ class Program:
 
     def init(self, params: Params, batch_size: int) -> State:
         """The state at step 0 for given parameters."""
-        own = self.objective.init(jax.random.fold_in(self.key, 1), batch_size)
+        models = {role: nnx.merge(self.graphs[role], values) for role, values in params.items()}
+        own = self.objective.init(models, jax.random.fold_in(self.key, 1), batch_size)
         return State(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -134,8 +136,12 @@ class Program:
         metrics |= {"skipped": (state.guard.skipped, jnp.ones(())), f"{GUARD}updates": (before, jnp.ones(()))}
         return state._replace(step=state.step + 1), metrics | verdict.metrics()
 
-    def eval_step(self, state: State, frozen: Params, batch: Batch) -> StepMetrics:
-        """Metrics of one batch with fixed keys and no dropout; each term is (sum, weight) as well.
+    def fresh_carried(self, state: State, frozen: Params, batch_size: int) -> Any:
+        """What the objective carries before the first batch: evaluation begins with it, whatever training carries."""
+        return self.objective.init(self._models(state.weights, frozen), self.key, batch_size).carried
+
+    def eval_step(self, state: State, frozen: Params, batch: Batch, carried: Any = ()) -> tuple[StepMetrics, Any]:
+        """Metrics of one batch with fixed keys and no dropout, each term (sum, weight) as well; and what is carried on.
 
         The weights are without a term's epsilon, which belongs to the quotient of the whole split's sums.
         """
@@ -143,12 +149,13 @@ class Program:
         noise_keys, ctx = self._context(batch, state, update=0, train=False)
         models = self._models(state.weights, frozen)
         example = self.objective.corrupt(noise_keys, self.objective.prepare(models, batch, ctx), ctx)
-        terms = self.objective.terms(models, example, state.objective.carried, ctx)
+        terms = self.objective.terms(models, example, carried, ctx)
         weights = self.objective.weights(example)
-        return {f"{TERM}{name}": (total, weights[name]) for name, total in terms.sums.items()} | terms.metrics
+        sums = {f"{TERM}{name}": (total, weights[name]) for name, total in terms.sums.items()}
+        return sums | terms.metrics, terms.carried
 
     def _context(self, batch: Batch, state: State, update: int, train: bool) -> tuple[Array, Context]:
-        noise_keys, model_keys = step_keys(self.key, batch["row_ids"], state.step, update)
+        noise_keys, model_keys = step_keys(self.key, row_ids_of(batch), state.step, update)
         return noise_keys, Context(model_keys, state.step, self.vocab, state.objective.params, train=train)
 
     def _models(self, params: Params, frozen: Params) -> Models:
@@ -167,7 +174,7 @@ class Program:
         factors = {name: schedule(state.step) for name, schedule in self.coefficients.items()}
 
         def loss(trained: Any, rows: Any) -> tuple[Array, tuple[Any, StepMetrics]]:
-            params, own = _untrained(trained)
+            params, own = _untrained(trained, state.objective.params)
             part_example, part_carried, part_keys = rows
             part_ctx = Context(part_keys, state.step, self.vocab, own, train=True)
             terms = objective.terms(self._models(params, frozen), part_example, part_carried, part_ctx)
@@ -195,7 +202,7 @@ class Program:
             carried = jax.tree.map(_join_rows, carried)
             metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
-        params, own = _untrained(optax.apply_updates(trained, updates))
+        params, own = _untrained(optax.apply_updates(trained, updates), state.objective.params)
         ema = () if self.ema is None else self.ema.update(state.ema, params, self._updates_made(state, update))
         norm = optax.tree.norm(grads)
         good, guard, verdict = judge(self.guard, state.guard, metrics["loss"][0], norm)
@@ -212,9 +219,9 @@ def _trained(params: Params, own: Any) -> Params:
     return {**params, _OWN: own} if jax.tree.leaves(own) else params
 
 
-def _untrained(trained: Params) -> tuple[Params, Any]:
-    """Undoes `_trained`."""
-    return {role: value for role, value in trained.items() if role != _OWN}, trained.get(_OWN, ())
+def _untrained(trained: Params, own: Any) -> tuple[Params, Any]:
+    """Undoes `_trained`; `own` is what the objective has, which is not among the trained where it has no arrays."""
+    return {role: value for role, value in trained.items() if role != _OWN}, trained.get(_OWN, own)
 
 
 def _split_rows(x: Array, parts: int) -> Array:

@@ -14,7 +14,17 @@ from typing import Any
 
 from lmobj.data import Tokenizer
 from lmobj.errors import UserError
-from lmobj.evaluate import Continuation, DecodingConfig, Filling, continue_text, fill_text
+from lmobj.evaluate import (
+    Answers,
+    Continuation,
+    DecodingConfig,
+    FewShot,
+    Filling,
+    Shot,
+    answer_queries,
+    continue_text,
+    fill_text,
+)
 from lmobj.models import CachedModel
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly, Experiment, assemble
@@ -54,8 +64,29 @@ class TrainedRun:
         return Evaluation(self.assembly, split)(self.state)
 
     def continue_text(self, prompts: Sequence[str], settings: DecodingConfig) -> list[list[Continuation]]:
-        """Continues each prompt; for every prompt the samples or beams."""
-        return continue_text(self.model, self.tokenizer, prompts, settings)
+        """Continues each prompt; for every prompt the samples or beams.
+
+        A model of pairs of texts writes the second text of each, of which the prompt is the first.
+        """
+        suffix = self.assembly.spec.suffix if self.writes_second_texts else ()
+        return continue_text(self.model, self.tokenizer, prompts, settings, suffix=suffix)
+
+    @property
+    def writes_second_texts(self) -> bool:
+        """Whether the rows that the model learned from are pairs of texts."""
+        return self.assembly.spec.two_texts
+
+    def answer(
+        self,
+        task: FewShot,
+        examples: Sequence[Shot],
+        queries: Sequence[str],
+        settings: DecodingConfig,
+        *,
+        shots: int | None = None,
+    ) -> Answers:
+        """Answers each query after examples of its task; see `lmobj.evaluate.answer_queries`."""
+        return answer_queries(self.model, self.tokenizer, task, examples, queries, settings, shots=shots)
 
     def fill_text(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:
         """The text with each [MASK] filled, and the k best guesses for each."""

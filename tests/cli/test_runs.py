@@ -166,9 +166,86 @@ def test_fill_shows_the_likeliest_guesses_of_each_mask(capsys: Captured) -> None
         assert shares[0] > 0
 
 
+_PLAIN = ["--tokens", "5", "--temperature", "0"]
+
+
+def test_prompts_come_from_options_and_files(capsys: Captured, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "queries.txt").write_text("a lazy dog\n\nbirds sing\r\n")
+    (tmp_path / "queries.jsonl").write_text('{"input": "a lazy dog"}\n"birds sing"\n')
+    (tmp_path / "queries.tsv").write_text("a lazy dog\tno matter\nbirds sing\n")
+    outs = []
+    for name in ("queries.txt", "queries.jsonl", "queries.tsv"):
+        assert main(["generate", "causal", "--prompt", "the", "--prompts", str(tmp_path / name), *_PLAIN]) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0].startswith("the")
+    assert "\na lazy dog" in outs[0]
+    assert "\nbirds sing" in outs[0]
+    assert len(set(outs)) == 1
+
+
+def test_examples_are_shown_before_each_prompt(capsys: Captured, tmp_path: pathlib.Path) -> None:
+    """The same words as one prompt give the same answer; what is printed is the query and the answer alone."""
+    (tmp_path / "shots.tsv").write_text('the quick\tbrown\nthe\t"lazy\n')
+    (tmp_path / "shots.jsonl").write_text(
+        '{"input": "the quick", "output": "brown"}\n{"input": "the", "output": "\\"lazy"}\n'
+    )
+    asked = ["--instruction", r"next\tword", "--template", r"{input}: {output}", "--separator", r"\n\n"]
+    whole = 'next\tword\n\nthe quick: brown\n\nthe: "lazy\n\nover a:'
+    assert main(["generate", "causal", "--prompt", whole, *_PLAIN]) == 0
+    written = capsys.readouterr().out.removeprefix(whole).removesuffix("\n")
+    for name in ("shots.tsv", "shots.jsonl"):
+        assert (
+            main(["generate", "causal", "--examples", str(tmp_path / name), *asked, "--prompt", "over a", *_PLAIN]) == 0
+        )
+        assert capsys.readouterr().out == "over a:" + written.split("\n\n")[0] + "\n"
+
+
+def test_a_model_of_completions_writes_the_second_text(capsys: Captured, tmp_path: pathlib.Path) -> None:
+    """Trained on A eos B eos, it reads the prompt as A with its end; another end would be another text."""
+    lines = [json.dumps({"q": f"what is {i} and {i}", "a": f"that is {2 * i}"}) for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    changes = [
+        "objective.loss_on=completion",
+        f"data.source={{name: jsonl, files: [{tmp_path / 'pairs.jsonl'}], text: q, pair: a}}",
+        "data.tokenizer.vocab_size=300",
+        "data.length=32",
+        f"run={tmp_path / 'pairs'}",
+    ]
+    assert main(["train", "causal.yaml", *changes, "--quiet"]) == 0
+    page = (tmp_path / "pairs" / "report.html").read_text()
+    assert "unigram" not in page  # which would not know the first text
+    assert main(["generate", str(tmp_path / "pairs"), "--prompt", "what is 7 and 7", *_PLAIN]) == 0
+    assert capsys.readouterr().out.startswith("what is 7 and 7\n")
+    single = f"data.source={{name: jsonl, files: [{tmp_path / 'pairs.jsonl'}], text: q}}"
+    message = refusal(capsys, "train", "causal.yaml", *changes[:1], single, *changes[2:4], f"run={tmp_path / 'single'}")
+    assert "data.source.pair: COLUMN" in message
+
+
+def test_bad_files_of_examples_are_named(capsys: Captured, tmp_path: pathlib.Path) -> None:
+    files = {
+        "columns.tsv": (b"a\tb\n\na\tb\tc\n", ["columns.tsv:3 has 3 columns", ".jsonl"]),
+        "broken.jsonl": (b'{"input": "a", "output": "b"}\n{"input"\n', ["broken.jsonl:2 is not JSON"]),
+        "number.jsonl": (b'{"input": "a", "output": 3}\n', ["number.jsonl:1 has no text 'output'"]),
+        "half.jsonl": (b'{"input": "a", "output": "\\ud800"}\n', ["half.jsonl:1", "surrogate"]),
+        "latin.tsv": (b"caf\xe9\tb\n", ["latin.tsv is not UTF-8 text at byte 3"]),
+        "empty.tsv": (b"\n", ["empty.tsv holds no example"]),
+        "stop.jsonl": (b'{"input": "a", "output": "b\\nc"}\n', [r"has '\n' in it", "another separator"]),
+        "gone.tsv": (None, ["gone.tsv cannot be read", "No such file"]),
+    }
+    for name, (content, parts) in files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        message = refusal(capsys, "generate", "causal", "--prompt", "a", "--examples", str(tmp_path / name))
+        assert all(part in message for part in parts), message
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
+        (["generate", "causal"], ["there is no prompt", "--prompts FILE"]),
+        (["generate", "causal", "--prompt", "a", "--shots", "2"], ["--shots is 2", "--examples FILE"]),
+        (["generate", "causal", "--prompt", "a", "--template", "{input}"], ["'{input}'", "{output} once after it"]),
+        (["generate", "causal", "--prompt", "a", "--separator", ""], ["the separator is empty"]),
         (["generate", "causal", "--prompt", ""], ["the prompt is empty"]),
         (["generate", "causal", "--prompt", "a", "--top-p", "2"], ["top_p is 2.0", "at most 1"]),
         (["generate", "causal", "--prompt", "a", "--beam", "2", "--seed", "1"], ["--seed is 1", "--beam"]),

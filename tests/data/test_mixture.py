@@ -11,18 +11,21 @@ from data_corpus import generated_documents, small_config, write_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmobj._shares import share_out
 from lmobj.batch import RowSpec
 from lmobj.data import Dataset, MixtureSource, TextFiles, WeightedSource, prepare
-from lmobj.data._mixture import InOrder, Mixture, share_out
+from lmobj.data._mixture import InOrder, Mixture
+from lmobj.data._stream_plan import STREAM_LAYOUTS
 from lmobj.errors import UserError
 
 WEIGHTS = {"books": 1.0, "news": 2.5, "wiki": 4.0}
-LAYOUTS = ("packed", "single", "stream", "pairs", "examples")
+LAYOUTS = ("packed", "single", "stream", "pairs", "examples", "stream_pairs")
 weights_of = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6)
 
 
 def spec_of(layout: str) -> RowSpec:
-    return RowSpec(layout, 16, (4,), (5,), ("word_starts", "token_bytes"))
+    suffix, reuse = ((5, 6), 4) if layout == "stream_pairs" else ((5,), 0)
+    return RowSpec(layout, 16, (4,), suffix, ("word_starts", "token_bytes"), reuse=reuse)
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +124,13 @@ def test_every_source_is_read_as_if_alone(folders, layout):
         here = np.flatnonzero(whole["row_ids"][:, 0] == number)
         assert whole["row_ids"][here, 1].tolist() == list(range(len(here)))
         share = len(whole["tokens"]) * WEIGHTS[name] / sum(WEIGHTS.values())
-        assert abs(len(here) - share) < (steps if layout == "stream" else 1.1)
+        assert abs(len(here) - share) < (steps if layout in STREAM_LAYOUTS else 1.1)
         alone = Dataset(folders[name]).rows(spec, seed=7, batch_size=counts[number])
         for index in range(0, len(here), 11):
             row = alone.row(index)
             row["row_ids"] = np.array([[number, index]])
             assert same(row, {key: array[here[[index]]] for key, array in whole.items()})
-    if layout == "stream":
+    if layout in STREAM_LAYOUTS:
         places = whole["row_ids"][:, 0].reshape(steps, size)
         assert (places == places[0]).all()
 

@@ -8,17 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmobj.batch import RowSpec
+from lmobj.data._pairs_plan import PairsPlan, Sentences
 from lmobj.data._plan import (
     Fragments,
     PackedPlan,
-    PairsPlan,
-    Sentences,
     SinglePlan,
-    StreamPlan,
     epoch_key,
     permutation,
     shuffle_rows,
 )
+from lmobj.data._stream_plan import StreamPlan
 from lmobj.errors import UserError
 
 lengths_of = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -71,7 +70,7 @@ def test_packed_rows_are_the_documents_end_to_end(lengths, length, prefix, suffi
 def test_streams_continue_from_step_to_step(lengths, length, streams, suffix):
     spec = RowSpec("stream", length, (), suffix)
     packed = PackedPlan(np.array(lengths, np.int32), spec, 3)
-    plan = StreamPlan(packed, streams)
+    plan = StreamPlan(packed, spec, streams)
     stream = end_to_end(permutation(len(lengths), 3).tolist(), lengths, spec)
     table = render(plan.lookup(np.arange(plan.rows)), plan.rows, spec)
     assert plan.rows % streams == 0
@@ -95,81 +94,12 @@ def test_single_rows_are_pieces_of_one_document(lengths, length, prefix, suffix)
     assert render(plan.lookup(np.arange(plan.rows + 2)), plan.rows, spec) == expected
 
 
-def sentences_of(documents: list[list[int]]) -> Sentences:
-    """Sentences of these lengths, document by document."""
-    ends = np.concatenate([np.cumsum(document) for document in documents]).astype(np.int32)
-    return Sentences(ends, np.array([len(document) for document in documents], np.int32))
-
-
-def reference_groups(documents: list[list[int]], room: int) -> list[tuple[int, int, int]]:
-    """(document, first sentence, sentence after the last) of the greedy division, one sentence at a time."""
-    groups = []
-    for document, sentences in enumerate(documents):
-        start, count = 0, len(sentences)
-        while count >= 2 and start < count:
-            if start == count - 1:
-                groups.append((document, start - 1, count))
-                break
-            end = start + 2
-            while end < count and sum(sentences[start : end + 1]) <= room:
-                end += 1
-            if count - end == 1 and end - start > 2:
-                end -= 1
-            groups.append((document, start, end))
-            start = end
-    return groups
-
-
-documents_of = st.lists(st.lists(st.integers(1, 15), min_size=1, max_size=9), min_size=1, max_size=6)
-
-
-@given(documents_of.filter(lambda d: any(len(s) > 1 for s in d)), st.integers(8, 30), st.integers(0, 2**64 - 1))
-def test_pairs_are_two_runs_of_sentences_that_follow_each_other(documents, length, key):
-    spec = RowSpec("pairs", length, (4,), (5,))
-    room = length - 3
-    plan = PairsPlan(sentences_of(documents), spec).at(key)
-    groups = reference_groups(documents, room)
-    assert plan.rows == len(groups)
-    at = plan.lookup(np.arange(plan.rows))
-    table = render(at, plan.rows, spec)
-    for row, (document, first, last) in enumerate(groups):
-        a, b = np.flatnonzero(at.row == row)
-        starts = np.concatenate([[0], np.cumsum(documents[document])])
-        border = at.offset[b]
-        assert border in starts[first + 1 : last]
-        assert at.document[a] == at.document[b] == document
-        size_a, size_b = border - starts[first], starts[last] - border
-        while size_a + size_b > room:  # BERT's truncate_seq_pair
-            size_a, size_b = (size_a - 1, size_b) if size_a > size_b else (size_a, size_b - 1)
-        run_a = [(document, i) for i in range(border - size_a, border)]
-        run_b = [(document, i) for i in range(border, border + size_b)]
-        expected = ["p0", *run_a, "s0", *run_b, "s0"]
-        assert table[row] == expected + [None] * (length - len(expected))
-        assert at.segment[[a, b]].tolist() == [1, 1]
-        assert at.token_type[[a, b]].tolist() == [0, 1]
-        assert at.position[[a, b]].tolist() == [0, 2 + size_a]
-
-
-def test_the_division_of_a_pair_is_drawn_anew_by_each_key():
-    plan = PairsPlan(sentences_of([[1] * 10] * 50), RowSpec("pairs", 16, (4,), (5,)))
-    rows = np.arange(plan.rows)
-    first, second = plan.at(1).lookup(rows), plan.at(2).lookup(rows)
-    borders = first.offset[1::2]
-    assert plan.rows == 50
-    assert set(borders.tolist()) == set(range(1, 10))
-    assert (borders != second.offset[1::2]).any()
-
-
-def test_a_corpus_without_two_sentences_in_a_document_has_no_pairs():
-    with pytest.raises(UserError, match="no document of the corpus has two"):
-        PairsPlan(sentences_of([[5], [3]]), RowSpec("pairs", 16, (4,), (5,)))
-
-
 @pytest.mark.parametrize("layout", ["single", "pairs"])
 def test_rows_without_room_for_text_are_refused(layout):
     spec = RowSpec(layout, 3, (4, 4), (5,))
+    sentences = Sentences(np.array([1, 2]), np.array([2]))
     with pytest.raises(UserError, match="rows of 3 tokens"):
-        SinglePlan(np.array([5]), spec) if layout == "single" else PairsPlan(sentences_of([[1, 1]]), spec)
+        SinglePlan(np.array([5]), spec) if layout == "single" else PairsPlan(sentences, spec, 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 1000, 70_000])
@@ -218,9 +148,9 @@ def test_keys_differ_by_everything_that_is_in_them():
 def test_ten_million_documents_fit_in_the_promised_memory():
     lengths = np.random.default_rng(0).integers(10, 500, size=10**7, dtype=np.int32)
     plan = PackedPlan(lengths, RowSpec("packed", 128, (), (3,)), 1)
-    held = plan._starts.nbytes + plan._order.nbytes
+    held = plan.starts.nbytes + plan.order.nbytes
     assert held <= 153 * 2**20  # 8 bytes of offset and 4 of permutation per document: 114 MiB
     at = plan.lookup(np.array([0, plan.rows - 1]))
     assert plan.rows == -(-(int(lengths.sum(dtype=np.int64)) + 10**7) // 128)
-    assert at.document[0] == plan._order[0]
-    assert at.document[-1] == plan._order[-1]
+    assert at.document[0] == plan.order[0]
+    assert at.document[-1] == plan.order[-1]

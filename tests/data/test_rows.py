@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -12,11 +13,12 @@ from lmobj.batch import RowSpec
 from lmobj.data import Dataset
 from lmobj.errors import UserError
 
-LAYOUTS = ("packed", "single", "stream", "pairs")
+LAYOUTS = ("packed", "single", "stream", "pairs", "stream_pairs")
 
 
-def spec_of(layout: str, length: int = 16) -> RowSpec:
-    return RowSpec(layout, length, (4,), (5,), ("word_starts", "token_bytes"))
+def spec_of(layout: str, length: int = 16, **changes: bool) -> RowSpec:
+    prefix, suffix, reuse = ((), (5, 4), 5) if layout == "stream_pairs" else ((4,), (5,), 0)
+    return RowSpec(layout, length, prefix, suffix, ("word_starts", "token_bytes"), reuse=reuse, **changes)
 
 
 def check_arrays(dataset: Dataset, batch: dict, spec: RowSpec) -> None:
@@ -158,13 +160,81 @@ def test_held_out_rows_are_read_once_in_order(dataset, layout, batch_size):
 
 def test_pairs_carry_types_and_labels(dataset):
     batch = dataset.rows(spec_of("pairs", 24), seed=0, batch_size=9).batch(2)
-    assert batch["pair_labels"].tolist() == [0] * 9
+    assert set(batch["pair_labels"].tolist()) == {0, 1}
     assert batch["pair_labels"].dtype == batch["token_types"].dtype == np.int32
     for tokens, types, segments in zip(batch["tokens"], batch["token_types"], batch["segment_ids"], strict=True):
         first, second = np.flatnonzero(tokens == 5)
         assert tokens[0] == 4
         assert second == (segments > 0).sum() - 1
         assert types.tolist() == [0] * (first + 1) + [1] * (second - first) + [0] * (len(types) - second - 1)
+
+
+def test_two_texts_of_a_stream_carry_types_and_labels(dataset):
+    rows = dataset.rows(spec_of("stream_pairs", 24, bidirectional=True), seed=0, batch_size=4)
+    batches = [rows.batch(step) for step in range(rows.per_epoch // 4)]
+    labels = np.concatenate([batch["pair_labels"] for batch in batches])
+    assert 0.4 < labels.mean() < 0.6
+    for batch in batches[:-8]:  # full rows: 8 steps before the end there are 40 tokens of each stream left
+        assert batch["backward"].tolist() == [False, False, True, True]
+        assert batch["backward"].dtype == np.bool_
+        assert (batch["segment_ids"] == 1).all()
+        for tokens, types in zip(batch["tokens"], batch["token_types"], strict=True):
+            first, second = np.flatnonzero(tokens == 5)
+            assert second == 22
+            assert tokens[23] == 4
+            assert 6 <= first <= 20
+            assert types.tolist() == [0] * (first + 1) + [1] * (22 - first) + [2]
+    for batch, following in itertools.pairwise(batches[:-8]):  # A of a row begins as the next row does
+        first = (batch["tokens"] == 5).argmax(axis=1)
+        for row in range(4):
+            common = min(first[row], 10) - 5
+            assert batch["tokens"][row, 5 : 5 + common].tolist() == following["tokens"][row, :common].tolist()
+
+
+@pytest.mark.parametrize("layout", ["stream", "stream_pairs"])
+def test_streams_of_both_directions_are_addressed_by_step(dataset, layout):
+    spec = spec_of(layout, bidirectional=True)
+    check_shares(dataset, spec, SHARES[1])
+    for split in ("train", "validation"):
+        rows = dataset.rows(spec, split=split, batch_size=6)
+        batch = rows.batch(3)
+        check_arrays(dataset, batch, spec)
+        assert batch["backward"].tolist() == [False] * 3 + [True] * 3
+        single = [rows.row(row) for row in range(18, 24)]
+        assert same(batch, {name: np.concatenate([row[name] for row in single]) for name in single[0]})
+    with pytest.raises(UserError, match=r"gives 5 streams of text, of which half are read backwards"):
+        dataset.rows(spec, batch_size=5)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_backward_rows_are_the_text_from_its_end(dataset, monkeypatch, stored):
+    # One stream of each direction: the whole text, with the specials between documents.
+    spec = RowSpec("stream", 16, (4, 6), (5,), ("word_starts", "token_bytes"), bidirectional=True)
+    rows = dataset.rows(spec, seed=2, batch_size=2)
+    if stored:  # words found when the text was prepared, here at random
+        store = rows._sources[0].epochs.store
+        bits = np.random.default_rng(0).integers(0, 256, -(-int(store.lengths.sum()) // 8), np.uint8)
+        monkeypatch.setitem(store.__dict__, "_word_bits", bits)
+    batches = [rows.batch(step) for step in range(rows.per_epoch // 2)]
+    forward, backward = (
+        {name: np.concatenate([batch[name][b] for batch in batches]) for name in ("tokens", "segment_ids")}
+        | {"word_starts": np.stack([batch["word_starts"][b] for batch in batches])}
+        for b in (0, 1)
+    )
+    total = int((forward["segment_ids"] > 0).sum())
+    np.testing.assert_array_equal(backward["tokens"][:total][::-1], forward["tokens"][:total])
+    assert not backward["segment_ids"][total:].any()
+    # Within a row, a token begins a word of the reversed text where the token that follows it in the text begins one.
+    starts, back = forward["word_starts"].reshape(-1), backward["word_starts"]
+    assert back[:, 0].all()
+    checked = []
+    for place in range(total - 1):
+        row, column = divmod(total - 1 - place, 16)
+        if column > 0 and (place + 1) % 16:  # not where a row of either direction begins
+            assert back[row, column] == starts[place + 1]
+            checked.append(back[row, column])
+    assert len(checked) > 500
+    assert 0.1 < np.mean(checked) < 0.9
 
 
 def test_specials_are_cut_at_row_ends_like_text(dataset):

@@ -86,7 +86,7 @@ def test_refuses_settings_that_do_not_fit(folder: pathlib.Path, change: dict[str
 
 
 def test_never_overwrites(folder: pathlib.Path, bert_tensors: dict[str, np.ndarray]) -> None:
-    config, vocab, params = gpt2.load(folder)
+    config, vocab, params, _ = gpt2.load(folder)
     with pytest.raises(UserError, match=r"config\.json exists"):
         gpt2.save(folder, params, config, vocab)
     encoder = bert.config_from_hf(BERT_SETTINGS)

@@ -74,6 +74,7 @@ def test_config_refusals(change: dict[str, object], named: str) -> None:
         {"activation": "swiglu"},
         {"bias": False},
         {"kv_heads": 1},
+        {"pre_norm": False},
         {"window": 4},
         {"soft_cap": 30.0},
         {"attention_soft_cap": 50.0},

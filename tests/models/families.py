@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lmobj.batch import Vocabulary
-from lmobj.models import DecoderConfig, EncoderConfig, GRUConfig, ModelConfig
+from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, GRUConfig, ModelConfig, XLNetConfig
 
 VOCAB = Vocabulary(30)
 DROPOUT = {"dropout": 0.3, "embedding_dropout": 0.2}
@@ -31,11 +31,30 @@ CONFIGS: dict[str, ModelConfig] = {
         tie_embeddings=False,
         attention_soft_cap=5.0,
     ),
-    "bert": EncoderConfig(**SIZE, **(DROPOUT | {"attention_dropout": 0.2}), pooler=True),
+    "bert": EncoderConfig(**SIZE, **(DROPOUT | {"attention_dropout": 0.2})),
+    "albert": EncoderConfig(
+        **SIZE, **(DROPOUT | {"attention_dropout": 0.2}), embedding_width=8, share_layers=True, activation="gelu"
+    ),
     "modernbert": EncoderConfig(**SIZE, **DROPOUT, positions="rotary", pre_norm=True),
+    "electra": ElectraConfig(
+        **SIZE, **(DROPOUT | {"attention_dropout": 0.2}), embedding_width=8, generator_fraction=0.5
+    ),
+    "xlnet": XLNetConfig(
+        layers=2,
+        width=16,
+        heads=4,
+        segments=False,
+        query_stream=False,
+        dropout=0.3,
+        attention_dropout=0.2,
+        vocab_multiple=8,
+        init_std=0.3,
+    ),
     "gru": GRUConfig(layers=2, width=16, vocab_multiple=8, init_range=1.0, **DROPOUT),
 }
 CAUSAL = ["gpt2", "llama", "gru"]
+HEADLESS = ["electra"]
+"""Families whose `hidden` has no vocabulary head."""
 
 SEEDS = jnp.asarray([7, 8, 9], jnp.uint32)
 

@@ -14,11 +14,13 @@ from families import CAUSAL, CONFIGS, VOCAB, build, hidden, random_tokens
 from flax import nnx
 
 from lmobj import masks
+from lmobj.errors import UserError
 from lmobj.models import CachedModel, DecoderConfig
 from lmobj.models._layers import apply_rotary, rotary_angles
 
 WINDOWED = dataclasses.replace(CONFIGS["llama"], window=3)
-CACHED = {**{name: CONFIGS[name] for name in CAUSAL}, "windowed": WINDOWED}
+GPT = dataclasses.replace(CONFIGS["gpt2"], pre_norm=False, residual_init="plain")
+CACHED = {**{name: CONFIGS[name] for name in CAUSAL}, "windowed": WINDOWED, "gpt": GPT}
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -150,6 +152,29 @@ def test_initial_values_are_those_of_gpt2() -> None:
             assert np.std(values) == pytest.approx(std, rel=0.01)
     assert not np.any(blocks.mlp.up.bias[...])
     assert np.all(np.asarray(model.norm.scale[...]) == 1)
+
+
+def test_initial_values_are_those_of_gpt() -> None:
+    # Radford et al. 2018, section 4.1: N(0, 0.02) throughout. GPT-2's code gives positions 0.01 instead.
+    size: dict[str, Any] = {"layers": 8, "width": 128, "heads": 4, "vocab_multiple": 8}
+    config = DecoderConfig(**size, pre_norm=False, residual_init="plain", position_init_std=0.01)
+    model = config.build(VOCAB, nnx.Rngs(0))
+    for param in (model.stack.blocks.attention.out.kernel, model.stack.blocks.mlp.down.kernel):
+        assert np.std(np.asarray(param[...])) == pytest.approx(0.02, rel=0.01)
+    assert np.std(np.asarray(model.positions.table[...])) == pytest.approx(0.01, rel=0.01)
+    with pytest.raises(UserError, match=r"position_init_std is 0\.0"):
+        DecoderConfig(position_init_std=0.0)
+
+
+def test_norms_after_the_sums_leave_normalised_states() -> None:
+    """The last thing that GPT does is a norm, whose scale and shift are 1 and 0 at first; GPT-2 has one more."""
+    model = dataclasses.replace(GPT, init_std=0.5).build(VOCAB, nnx.Rngs(0))
+    assert model.norm is None
+    states = np.asarray(model.hidden_layers(random_tokens(2, 9), mask=masks.causal()))
+    for layer in states[1:]:
+        np.testing.assert_allclose(layer.mean(-1), 0, atol=1e-5)
+        np.testing.assert_allclose(layer.std(-1), 1, rtol=1e-3)
+    assert abs(states[0].std(-1) - 1).max() > 0.1
 
 
 def test_default_widths_of_the_feed_forward_part() -> None:

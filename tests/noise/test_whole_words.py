@@ -102,7 +102,7 @@ def test_each_word_is_equally_likely_whatever_its_place() -> None:
     starts = jnp.arange(12) % 2 == 0
     masker = functools.partial(noise.mask_whole_words, length=2, num_predictions=2, mask_rate=1.0, **SETTINGS)
     draw = jax.jit(jax.vmap(lambda key: masker(key, tokens, tokens > 0, starts).positions))
-    positions = np.asarray(draw(jax.random.split(jax.random.key(1), 30_000)))
+    positions = np.asarray(draw(jax.random.split(jax.random.key(1), 100_000)))
     np.testing.assert_array_equal(positions[:, 1], positions[:, 0] + 1)
     assert stats.chisquare(np.bincount(positions[:, 0] // 2, minlength=6)).pvalue > 1e-3
 

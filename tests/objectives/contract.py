@@ -20,7 +20,7 @@ from flax import nnx
 
 from lmobj import objectives
 from lmobj.batch import Batch, Vocabulary
-from lmobj.models import DecoderConfig, EncoderConfig, ModelBuilder
+from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, ModelBuilder, XLNetConfig
 from lmobj.objectives import Objective
 from lmobj.train.step import Program, State
 
@@ -29,21 +29,37 @@ VOCAB = Vocabulary(size=40, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6)
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
 DECODER = DecoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
 ENCODER = EncoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
+ELECTRA = ElectraConfig(
+    layers=2, width=16, heads=2, generator_fraction=0.5, generator_heads=2, max_length=2 * LENGTH, **DROPOUT
+)
+XLNET = XLNetConfig(layers=2, width=16, heads=2, memory_length=10, **DROPOUT)
+TRANSFORMER_XL = dataclasses.replace(
+    XLNET, direction="backward", segments=False, query_stream=False, untie_biases=False
+)
 
 
 @dataclass(frozen=True)
 class Case:
     """What the contract test needs to know of an objective.
 
+    make: makes its batches, `make(rows=, first_row=)`: row r is the same in every batch.
+    packed: rows are packed documents and the one term is over tokens: that a packed row is worth its documents, and who
+      sees whom, is tested here. The others have tests of their own.
     per_document: a packed row is worth its documents separately.
     sees_later: whether a prediction may depend on later tokens of its document.
+    padded: rows may be padded further without any change of the settings.
+    unused: parts of parameter paths that the objective has no use for.
     variant: another corruption of an objective that has a case already: only what depends on corruption is tested.
     """
 
     objective: Objective
     builders: Mapping[str, ModelBuilder]
+    make: Callable[..., Batch] = dataclasses.field(default_factory=lambda: make_batch)
+    packed: bool = True
     per_document: bool = True
     sees_later: bool = False
+    padded: bool = True
+    unused: tuple[str, ...] = ("token_types",)
     variant: bool = False
 
     def models(self, dtype: str) -> tuple[dict[str, nnx.GraphDef], dict[str, Any]]:
@@ -51,24 +67,14 @@ class Case:
         graphs, params = {}, {}
         for i, (role, builder) in enumerate(self.builders.items()):
             config = dataclasses.replace(builder, dtype=dtype, param_dtype="float32" if dtype == "bfloat16" else dtype)
-            graphs[role], state = nnx.split(config.build(VOCAB, nnx.Rngs(params=i)))
-            params[role] = jax.tree.map(_stir, nnx.to_pure_dict(state), _leaf_keys(nnx.to_pure_dict(state)))
+            built = {role: config.build(VOCAB, nnx.Rngs(params=i))}
+            if "heads" in self.objective.roles and role == "model":
+                style = built[role].head_style
+                built["heads"] = self.objective.build_heads(style, VOCAB, nnx.Rngs(params=100))
+            for name, module in built.items():
+                graphs[name], state = nnx.split(module)
+                params[name] = jax.tree.map(_stir, nnx.to_pure_dict(state), _leaf_keys(nnx.to_pure_dict(state)))
         return graphs, params
-
-
-CASES: dict[str, Case] = {
-    "causal_lm": Case(objectives.CausalLM(label_smoothing=0.1, z_loss=1e-3), {"model": DECODER}),
-    "masked_lm": Case(objectives.MaskedLM(mask_rate=0.3, max_predictions=6), {"model": ENCODER}, sees_later=True),
-    "masked_lm/bernoulli": Case(
-        objectives.MaskedLM(selection="bernoulli", mask_rate=0.3), {"model": ENCODER}, sees_later=True, variant=True
-    ),
-    "masked_lm/whole_word": Case(
-        objectives.MaskedLM(selection="whole_word", mask_rate=0.3, max_predictions=6),
-        {"model": ENCODER},
-        sees_later=True,
-        variant=True,
-    ),
-}
 
 
 def _leaf_keys(tree: Any) -> Any:
@@ -107,19 +113,138 @@ def make_batch(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
     return batch
 
 
+def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
+    """[CLS] A [SEP] B [SEP] with labels, most of them with padding; row r is the same in every batch."""
+    batch = {name: np.array(x) for name, x in make_batch(seed, rows, length, first_row=first_row).items()}
+    batch["token_types"] = np.zeros_like(batch["tokens"])
+    for row in range(rows):
+        rng = np.random.default_rng([seed, first_row + row, 1])
+        end, middle = length - int(rng.integers(0, 4)), int(rng.integers(4, length - 7))
+        batch["tokens"][row] = rng.integers(7, VOCAB.size, length)
+        batch["tokens"][row, [0, middle, end - 1]] = VOCAB.cls, VOCAB.sep, VOCAB.sep
+        batch["token_types"][row] = np.arange(length) > middle
+        batch["segment_ids"][row], batch["positions"][row] = 1, np.arange(length)
+        for name in ("tokens", "token_types", "segment_ids", "positions", "word_starts"):
+            batch[name][row, end:] = 0
+    labels = np.random.default_rng([seed, 2]).integers(0, 2, first_row + rows)[first_row:]
+    batch |= {"pair_labels": labels.astype(np.int32), "labels": labels.astype(np.int32)}
+    return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+def make_streams(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
+    """[half a row | A SEP B SEP CLS] as permutation LM reads it, every second row backwards; some end in padding."""
+    batch = {name: np.array(x) for name, x in make_pairs(seed, rows, length, first_row=first_row).items()}
+    half, middle = length // 2, length // 2 + 3
+    batch["tokens"][:, 0], batch["tokens"][:, middle] = 7, VOCAB.sep
+    batch["tokens"][:, [-2, -1]] = np.where(batch["segment_ids"][:, -1:], [VOCAB.sep, VOCAB.cls], 0)
+    place = np.arange(length)
+    types = np.where(place > middle, 1, 0) + (place == length - 1)
+    batch["token_types"] = np.where(batch["segment_ids"], np.where(place < half, 0, types), 0).astype(np.int32)
+    batch["backward"] = np.arange(first_row, first_row + rows) % 2 == 1
+    return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+def make_sampled(rows: int = BATCH, *, first_row: int = 0) -> Batch:
+    """`make_batch` with recorded samples for 6 slots; row r is the same in every batch."""
+    sampled = [np.random.default_rng([3, row]).integers(7, VOCAB.size, 6) for row in range(first_row, first_row + rows)]
+    return make_batch(rows=rows, first_row=first_row) | {"sampled": jnp.asarray(np.stack(sampled), jnp.int32)}
+
+
+_TOKEN_FIELDS = ("tokens", "segment_ids", "positions", "token_types", "word_starts", "token_bytes")
+
+
 def pad_columns(batch: Batch, extra: int) -> Batch:
     """The same rows with `extra` columns of padding."""
-    return {k: v if k == "row_ids" else jnp.pad(v, ((0, 0), (0, extra))) for k, v in batch.items()}
+    if "row_ids" not in batch:
+        return {name: pad_columns(part, extra) for name, part in batch.items()}
+    return {k: jnp.pad(v, ((0, 0), (0, extra))) if k in _TOKEN_FIELDS else v for k, v in batch.items()}
 
 
 def pad_rows(batch: Batch, extra: int) -> Batch:
     """The same rows and `extra` empty ones."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, extra), (0, 0))), batch)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, extra), *((0, 0),) * (x.ndim - 1))), batch)
+
+
+def blank_rows(batch: Batch, rows: Any) -> Batch:
+    """The batch with some of its rows made empty."""
+    if "row_ids" not in batch:
+        return {name: blank_rows(part, rows) for name, part in batch.items()}
+    return {k: v.at[rows].set(0) if k in ("tokens", "segment_ids") else v for k, v in batch.items()}
 
 
 def take_rows(batch: Batch, rows: Any) -> Batch:
     """Some of the rows, in the order given."""
     return jax.tree.map(lambda x: x[jnp.asarray(rows)], batch)
+
+
+CASES: dict[str, Case] = {
+    "causal_lm": Case(objectives.CausalLM(label_smoothing=0.1, z_loss=1e-3), {"model": DECODER}),
+    "causal_lm/joined": Case(
+        objectives.CausalLM(documents="joined"), {"model": DECODER}, per_document=False, variant=True
+    ),
+    "masked_lm": Case(objectives.MaskedLM(mask_rate=0.3, max_predictions=6), {"model": ENCODER}, sees_later=True),
+    "masked_lm/bernoulli": Case(
+        objectives.MaskedLM(selection="bernoulli", mask_rate=0.3), {"model": ENCODER}, sees_later=True, variant=True
+    ),
+    "masked_lm/whole_word": Case(
+        objectives.MaskedLM(selection="whole_word", mask_rate=0.3, max_predictions=6),
+        {"model": ENCODER},
+        sees_later=True,
+        variant=True,
+    ),
+    "permutation_lm": Case(
+        objectives.PermutationLM(perm_size=4, num_predictions=6, mask_alpha=2),
+        {"model": XLNET},
+        make=make_streams,
+        packed=False,
+        padded=False,  # the halves of a row are settings
+    ),
+    "replaced_token_detection": Case(
+        objectives.ReplacedTokenDetection(mask_rate=0.3, max_predictions=6),
+        {"model": ELECTRA},
+        make=make_sampled,
+        packed=False,
+    ),
+    "replaced_token_detection/sampling": Case(
+        objectives.ReplacedTokenDetection(mask_rate=0.3, max_predictions=6, replacement=False, disallow_correct=True),
+        {"model": ELECTRA},
+        packed=False,
+        variant=True,
+    ),
+    "transformer_xl": Case(
+        objectives.TransformerXL(label_smoothing=0.1, z_loss=1e-3), {"model": TRANSFORMER_XL}, packed=False
+    ),
+    "next_sentence_prediction": Case(
+        objectives.NextSentencePrediction(masked_lm=objectives.MaskedLM(mask_rate=0.3, max_predictions=6)),
+        {"model": ENCODER},
+        make=make_pairs,
+        packed=False,
+        unused=(),
+    ),
+    "sentence_order_prediction": Case(
+        objectives.SentenceOrderPrediction(masked_lm=None),
+        {"model": ENCODER},
+        make=make_pairs,
+        packed=False,
+        unused=("['head']",),
+    ),
+    "mixture": Case(
+        objectives.Mixture(
+            weighting="uncertainty",
+            members={
+                "lm": objectives.Member(objectives.MaskedLM(mask_rate=0.3, max_predictions=6), weight=2.0),
+                "order": objectives.Member(objectives.SentenceOrderPrediction(masked_lm=None)),
+            },
+        ),
+        {"model": ENCODER},
+        make=lambda **rows: {"lm": make_batch(**rows), "order": make_pairs(**rows)},
+        packed=False,
+        unused=(),
+    ),
+    "entailment": Case(
+        objectives.Entailment(classes=2), {"model": ENCODER}, make=make_pairs, packed=False, unused=("['head']",)
+    ),
+}
 
 
 class Bench:
@@ -130,7 +255,7 @@ class Bench:
         self.objective = case.objective
         self.graphs, self.params = case.models(dtype)
         self.key = jax.random.key(3, impl="threefry2x32")
-        self.batch = make_batch()
+        self.batch = case.make()
         self.loss = objectives.loss_fn(self.objective, self.graphs, VOCAB)
         self.eval_loss = objectives.loss_fn(self.objective, self.graphs, VOCAB, train=False)
         self.value_and_grad = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
@@ -163,7 +288,7 @@ class Bench:
         """The state after `steps` steps, and the loss of each."""
         state, step, losses = program.init(self.params, BATCH), jax.jit(program.train_step), []
         for i in range(steps):
-            state, metrics = step(state, {}, batch or make_batch(first_row=i * BATCH))
+            state, metrics = step(state, {}, batch or self.case.make(first_row=i * BATCH))
             losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
         return state, losses
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from lmobj import objectives
 from lmobj.batch import Batch, Vocabulary
-from lmobj.interop import bert, gpt2
+from lmobj.interop import albert, bert, gpt2
 from lmobj.models import DecoderConfig, EncoderConfig
 from lmobj.objectives import CausalLM, Context, Example, MaskedLM, Objective
 
@@ -42,6 +42,7 @@ BERT = _SHARED | {
     "attention_probs_dropout_prob": 0.0,
     "pad_token_id": None,
 }
+ALBERT = BERT | {"embedding_size": 20, "hidden_act": "gelu_new"}
 _GPT2 = _SHARED | {
     "n_embd": 36,
     "n_layer": 3,
@@ -59,13 +60,17 @@ def _bert(**settings: Any) -> transformers.BertForMaskedLM:
     return transformers.BertForMaskedLM(transformers.BertConfig(**BERT | settings))
 
 
+def _albert(**settings: Any) -> transformers.AlbertForMaskedLM:
+    return transformers.AlbertForMaskedLM(transformers.AlbertConfig(**ALBERT | settings))
+
+
 def _gpt2(**settings: Any) -> transformers.GPT2LMHeadModel:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT2 | settings))
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the two families."""
+    """What differs between the families."""
 
     name: str
     interop: Any
@@ -79,6 +84,7 @@ class Family:
 
 FAMILIES = (
     Family("bert", bert, MaskedLM(mask_rate=0.3), _bert, token_types=3, variant={"hidden_act": "gelu_new"}),
+    Family("albert", albert, MaskedLM(mask_rate=0.3), _albert, token_types=3, variant={"hidden_act": "gelu"}),
     Family(
         "gpt2",
         gpt2,
@@ -97,20 +103,11 @@ class Pair:
         torch.manual_seed(seed)
         self.family = family
         self.theirs = family.make(**settings).train()  # dropout is 0
-        self._randomise(seed)
+        randomise(self.theirs, seed)
         self.config: DecoderConfig | EncoderConfig = family.interop.config_from_hf(self.theirs.config.to_dict())
         self.params = {ROLE: self.to_lmobj({n: p.detach() for n, p in self.theirs.named_parameters()})}
         self.model = nnx.eval_shape(lambda: self.config.build(VOCAB, nnx.Rngs(params=0)))
         self.graphs = {ROLE: nnx.split(self.model)[0]}
-
-    def _randomise(self, seed: int) -> None:
-        """Moves every parameter off its initial value: biases off 0, scales off 1, and matrices to unit gain."""
-        generator = torch.Generator().manual_seed(seed + 1)
-        with torch.no_grad():
-            for name, parameter in self.theirs.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                is_scale = parameter.ndim == 1 and name.endswith("weight")
-                parameter.copy_(1 + 0.3 * noise if is_scale else 0.2 * noise)
 
     def to_lmobj(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Tensors by Transformers' names (parameters or gradients) as lmobj's tree."""
@@ -169,6 +166,40 @@ class Pair:
         """lmobj's ((loss, metrics), gradients) of a batch, compiled."""
         loss = objectives.loss_fn(self.family.objective, self.graphs, VOCAB, train=False)
         return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Moves every parameter off its initial value: biases off 0, scales off 1, and matrices to unit gain."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_scale = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if is_scale else 0.2 * noise)
+
+
+def within(name: str, seen: float, limit: float) -> None:
+    """Prints a figure and holds it against its limit."""
+    print(f"\n{name:<40} {seen:.1e}   (limit {limit:.0e})")
+    assert seen <= limit
+
+
+def gradient_gaps(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
+    """Relative distance by norm of every tensor, a stacked one layer by layer.
+
+    Where both norms are below 1e-7 of the global one the distance is 0: the gradient of BERT's key biases is exactly
+    zero, because a softmax does not see what all its logits share.
+    """
+    floor = 1e-7 * np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(theirs)))
+    gaps, flat = {}, dict(jax.tree_util.tree_leaves_with_path(ours))
+    for path, b in jax.tree_util.tree_leaves_with_path(theirs):
+        name, a = jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(flat.pop(path))
+        layers = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(a, b, strict=True))]
+        for tensor, x, y in layers if "stack/" in name else [(name, a, b)]:
+            norms = np.linalg.norm(x), np.linalg.norm(y)
+            gaps[tensor] = 0.0 if max(norms) < floor else float(np.linalg.norm(x - y) / max(norms))
+    assert not flat
+    return gaps
 
 
 def make_batch(seed: int, token_types: int) -> Batch:

@@ -42,9 +42,9 @@ def held_out(run: Assembly) -> dict[str, np.ndarray]:
 def test_a_batch_is_read_while_the_device_is_at_the_next(causal: FitResult, monkeypatch: pytest.MonkeyPatch) -> None:
     run, order, read = replace(causal.assembly), [], jax.device_get
 
-    def step(state: Any, batch: Any) -> Any:
+    def step(*given: Any) -> Any:
         order.append("step")
-        return causal.assembly.eval_step(state, batch)
+        return causal.assembly.eval_step(*given)
 
     vars(run)["eval_step"] = step
     monkeypatch.setattr(jax, "device_get", lambda tree: order.append("read") or read(tree))
@@ -97,7 +97,7 @@ def test_the_bytes_are_those_of_the_text(causal: FitResult) -> None:
     """The predicted tokens have all bytes of the split but those of the tokens that begin a segment."""
     run = causal.assembly
     batches = list(run.batches("validation"))
-    pairs = [run.eval_step(causal.state, batch)["bits_per_byte"][1] for batch in batches]
+    pairs = [run.eval_step(causal.state, batch)[0]["bits_per_byte"][1] for batch in batches]
     rows = held_out(run)
     first = rows["segment_ids"] != np.pad(rows["segment_ids"], ((0, 0), (1, 0)))[:, :-1]
     text = run.dataset.summary()["splits"]["validation"]["bytes"]
@@ -182,7 +182,7 @@ def test_the_batch_size_does_not_matter(corpus: pathlib.Path, kind: Kind) -> Non
         state = small.initial_state()
         one, other = Evaluation(small)(state), Evaluation(large)(state)
         (batch,) = large.batches("validation")
-        weight = float(large.eval_step(state, batch)["nll"][1])
+        weight = float(large.eval_step(state, batch)[0]["nll"][1])
         assert Evaluation(large)(state._replace(step=state.step + 7)) == other  # the noise is the same at every step
     # The epsilon of the denominator counts once.
     np.testing.assert_allclose(one["loss"], one["nll"] * weight / (weight + EPSILON[kind]), rtol=1e-12)
@@ -196,7 +196,7 @@ def test_part_of_a_split_is_its_first_batches(causal: FitResult) -> None:
     whole, part = evaluation(causal.state), evaluation(causal.state, 2)
     sums = np.zeros(2)
     for batch in list(causal.assembly.batches("validation"))[:2]:
-        sums += np.asarray(causal.assembly.eval_step(causal.state, batch)["nll"], np.float64)
+        sums += np.asarray(causal.assembly.eval_step(causal.state, batch)[0]["nll"], np.float64)
     assert part["nll"] == sums[0] / sums[1] != whole["nll"]
     assert evaluation(causal.state, 10_000) == whole
 

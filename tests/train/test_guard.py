@@ -133,7 +133,7 @@ class Everything(Objective):
 
     updates: ClassVar[int] = 2
 
-    def init(self, key: Any, batch_size: int) -> ObjectiveState:
+    def init(self, models: Any, key: Any, batch_size: int) -> ObjectiveState:
         return ObjectiveState({"scale": jnp.ones(())}, {"memory": jnp.zeros((batch_size, WIDTH))})
 
     def corrupt(self, keys: Any, batch: Any, ctx: Any) -> Example:

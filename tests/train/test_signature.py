@@ -116,7 +116,7 @@ class Base(Objective):
 class WithMemory(Base):
     """XLNet's and Transformer-XL's shape: what a row read is carried to the same row of the next batch."""
 
-    def init(self, key: Any, batch_size: int) -> ObjectiveState:
+    def init(self, models: Any, key: Any, batch_size: int) -> ObjectiveState:
         return ObjectiveState(carried={"memory": jnp.zeros((batch_size, WIDTH))})
 
     def terms(self, models: Any, example: Example, carried: Any, ctx: Context) -> Terms:
@@ -299,7 +299,7 @@ def test_a_term_over_the_whole_batch_refuses_microbatches() -> None:
 class Uncertain(Base):
     """Uncertainty weighting's shape: the objective trains a number of its own. d/ds [exp(-s) L + s] = 1 - exp(-s) L."""
 
-    def init(self, key: Any, batch_size: int) -> ObjectiveState:
+    def init(self, models: Any, key: Any, batch_size: int) -> ObjectiveState:
         return ObjectiveState(params={"log_variance": jnp.zeros(())})
 
     def terms(self, models: Any, example: Example, carried: Any, ctx: Context) -> Terms:

@@ -1,0 +1,39 @@
+"""What the objectives that tell classes of whole rows share."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lmobj import losses
+from lmobj.batch import Batch, Vocabulary
+from lmobj.errors import UserError
+from lmobj.objectives._objective import Metric
+
+__all__ = ["class_sums", "row_specials", "row_weights"]
+
+
+def row_specials(name: str, vocab: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(prefix, suffix) of rows [CLS] A [SEP] B [SEP]; refuses a vocabulary that lacks either."""
+    missing = [token for token, number in (("[CLS]", vocab.cls), ("[SEP]", vocab.sep)) if number is None]
+    if missing:
+        raise UserError(
+            f"objective {name} reads [CLS] A [SEP] B [SEP], and the vocabulary has no {' and no '.join(missing)}; "
+            "set a tokenizer with both."
+        )
+    assert vocab.cls is not None
+    assert vocab.sep is not None
+    return (vocab.cls,), (vocab.sep,)
+
+
+def row_weights(batch: Batch) -> Float[Array, " B"]:
+    """1 for a row with text, 0 for an empty one."""
+    return jnp.any(batch["segment_ids"] > 0, axis=1).astype(jnp.float32)
+
+
+def class_sums(
+    logits: Float[Array, "B C"], labels: Int[Array, " B"], weights: Float[Array, " B"]
+) -> tuple[Float[Array, ""], Metric]:
+    """Over rows: the weighted sum of -log softmax(logits)[label], and the metric of how often the label is the best."""
+    stats = losses.logit_stats(logits, labels)
+    return jnp.sum(losses.nll(stats) * weights), (jnp.sum(stats.correct * weights), jnp.sum(weights))

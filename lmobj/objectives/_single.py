@@ -1,0 +1,24 @@
+"""The objectives that are not made of others, as one union. A new one is registered by a line here."""
+
+from __future__ import annotations
+
+from lmobj.objectives._causal_lm import CausalLM
+from lmobj.objectives._entailment import Entailment
+from lmobj.objectives._masked_lm import MaskedLM
+from lmobj.objectives._permutation_lm import PermutationLM
+from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
+from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._transformer_xl import TransformerXL
+
+__all__ = ["SingleObjective"]
+
+SingleObjective = (
+    CausalLM
+    | Entailment
+    | MaskedLM
+    | NextSentencePrediction
+    | PermutationLM
+    | ReplacedTokenDetection
+    | SentenceOrderPrediction
+    | TransformerXL
+)

@@ -1,0 +1,265 @@
+"""Mixtures: what is summed, how rows are shared, uncertainty weighting, and sources of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lmobj import config, objectives
+from lmobj.errors import UserError
+from lmobj.models import XLNetConfig
+from lmobj.objectives import MaskedLM, Member, Mixture, SentenceOrderPrediction, TransformerXL, _mixture
+from lmobj.train import fit
+from tests.mutants import Mutant, assert_killed
+from tests.objectives.contract import CASES, VOCAB, Bench, make_batch, make_pairs, norm_gap
+from tests.train.tiny_runs import quick_compilation, stored_bits, write_corpus
+
+LM = MaskedLM(mask_rate=0.3, max_predictions=6)
+ORDER = SentenceOrderPrediction(masked_lm=None)
+MEMBERS = {"lm": Member(LM, weight=2.0), "order": Member(ORDER, weight=0.5)}
+
+
+def bench_of(mixture: Mixture) -> Bench:
+    """The contract's models under another mixture of the same members."""
+    return Bench(dataclasses.replace(CASES["mixture"], objective=mixture), "float32")
+
+
+def test_the_sum_is_that_of_each_member_alone() -> None:
+    """Each member's loss by itself, on its own batch and with its own keys, times its weight."""
+    bench = bench_of(Mixture(members=MEMBERS))
+    (loss, metrics), _ = bench.value_and_grad(bench.params, bench.batch, bench.key)
+    noise_keys, model_keys = objectives.step_keys(bench.key, objectives.row_ids_of(bench.batch), 0)
+    models = {role: _merge(bench, role) for role in bench.graphs}
+    expected = 0.0
+    for name, weight in (("lm", 2.0), ("order", 0.5)):
+        objective = MEMBERS[name].objective
+        own = {"model": models["model"]} | ({"heads": models["heads"].members[name]} if name == "order" else {})
+        ctx = objectives.Context(model_keys[name], 0, VOCAB)
+        example = objective.corrupt(noise_keys[name], bench.batch[name], ctx)
+        terms = objective.terms(own, example, (), ctx)
+        total = objectives.total_loss(terms, objectives.denominators(objective, example), objective.coefficients)
+        expected += weight * float(total)
+        assert set(metrics) > {f"{name}/{metric}" for metric in terms.metrics}
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def _merge(bench: Bench, role: str) -> Any:
+    return nnx.merge(bench.graphs[role], bench.params[role])
+
+
+def test_uncertainty_weighting_is_its_formula() -> None:
+    """With s: sum of w exp(-s) L + s / 2; its gradient with respect to s is 1 / 2 - w exp(-s) L."""
+    plain, own = bench_of(Mixture(members=MEMBERS)), bench_of(Mixture(members=MEMBERS, weighting="uncertainty"))
+    noise_keys, model_keys = objectives.step_keys(plain.key, objectives.row_ids_of(plain.batch), 0)
+    models = {role: _merge(plain, role) for role in plain.graphs}
+
+    def terms(mixture: Mixture, params: Any) -> Any:
+        ctx = objectives.Context(model_keys, 0, VOCAB, params)
+        example = mixture.corrupt(noise_keys, plain.batch, ctx)
+        found = mixture.terms(models, example, {"lm": (), "order": ()}, ctx)
+        weights = objectives.denominators(mixture, example)
+        return objectives.total_loss(found, weights, mixture.coefficients), found.sums, weights
+
+    _, sums, weights = terms(plain.objective, ())  # type: ignore[arg-type]
+    lm = 2.0 * float(sums["lm/nll"] / weights["lm/nll"])
+    order = 0.5 * float(sums["order/sop"] / weights["order/sop"])
+    log_variance = {"lm": jnp.asarray(0.7), "order": jnp.asarray(-0.4)}
+
+    def total(s: Any) -> Any:
+        return terms(own.objective, {"lm": (), "order": (), "uncertainty": s})[0]  # type: ignore[arg-type]
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(log_variance)
+    assert float(value) == pytest.approx(math.exp(-0.7) * lm + math.exp(0.4) * order + 0.15, rel=1e-5)
+    assert float(gradient["lm"]) == pytest.approx(0.5 - math.exp(-0.7) * lm, rel=1e-5)
+    assert float(gradient["order"]) == pytest.approx(0.5 - math.exp(0.4) * order, rel=1e-5)
+
+
+def test_uncertainty_starts_even_and_is_trained() -> None:
+    bench = Bench(CASES["mixture"], "float32")
+    before = bench.program().init(bench.params, 8).objective.params["uncertainty"]
+    assert {name: float(s) for name, s in before.items()} == {"lm": 0.0, "order": 0.0}
+    state, _ = bench.train(bench.program(), steps=1)
+    moved = state.objective.params["uncertainty"]
+    assert float(moved["lm"]) != 0
+    assert float(moved["order"]) != 0
+
+
+def test_sampled_rows_are_shared_in_proportion() -> None:
+    mixture = Mixture(members=MEMBERS, combine="sample")
+    # 2.0 : 0.5 of 8 rows is 6.4 : 1.6, which rounds by largest remainder to 6 : 2.
+    assert mixture.member_rows(8) == {"lm": 6, "order": 2}
+    assert mixture.member_rows(2) == {"lm": 1, "order": 1}
+    assert Mixture(members=MEMBERS).member_rows(8) == {"lm": 8, "order": 8}
+    assert mixture.coefficients == pytest.approx({"lm/nll": 0.8, "order/sop": 0.2})
+    assert Mixture(members=MEMBERS).coefficients == {"lm/nll": 2.0, "order/sop": 0.5}
+    with pytest.raises(UserError, match=r"train\.batch_size is 1, which 2 members share"):
+        mixture.member_rows(1)
+
+
+def test_members_of_other_sizes_train_alike() -> None:
+    """Batches of six and two rows: microbatches give the update of the whole."""
+    case = dataclasses.replace(
+        CASES["mixture"],
+        objective=Mixture(members=MEMBERS, combine="sample"),
+        make=lambda first_row=0: {
+            "lm": make_batch(rows=6, first_row=first_row),
+            "order": make_pairs(rows=2, first_row=first_row),
+        },
+    )
+    with jax.enable_x64(True):
+        bench = Bench(case)
+        whole, losses = bench.train(bench.program())
+        split, split_losses = bench.train(bench.program(accumulate=2))
+    np.testing.assert_allclose(split_losses, losses, rtol=1e-10)
+    assert norm_gap(split.params, whole.params) < 1e-10
+
+
+def test_members_draw_apart() -> None:
+    """Two members on the same rows corrupt them independently."""
+    members = {"a": Member(LM), "b": Member(LM)}
+    batch = {"a": make_batch(), "b": make_batch()}
+    noise_keys, model_keys = objectives.step_keys(
+        jax.random.key(0, impl="threefry2x32"), objectives.row_ids_of(batch), 0
+    )
+    example = Mixture(members=members).corrupt(noise_keys, batch, objectives.Context(model_keys, 0, VOCAB))
+    assert not np.array_equal(example["a"].predict, example["b"].predict)
+    assert not np.array_equal(jax.random.key_data(model_keys["a"]), jax.random.key_data(model_keys["b"]))
+
+
+def test_what_a_mixture_refuses() -> None:
+    with pytest.raises(UserError, match=r"objective\.members is empty"):
+        Mixture()
+    with pytest.raises(UserError, match=r"objective\.members\.weight is -1"):
+        Member(LM, weight=-1)
+    with pytest.raises(UserError, match=r"objective\.members has 'a/b'; accepted: names of letters"):
+        Mixture(members={"a/b": Member(LM)})
+    remembering = Mixture(members={"xl": Member(TransformerXL()), "lm": Member(LM)}, combine="sample")
+    builder = XLNetConfig(layers=1, width=8, heads=2, memory_length=4)
+    model = nnx.eval_shape(lambda: builder.build(VOCAB, nnx.Rngs(params=0)))
+    with pytest.raises(UserError, match=r"objective\.members\.xl carries a memory"):
+        remembering.init({"model": model}, jax.random.key(0), 4)
+    assert hash(Mixture(members=MEMBERS)) == hash(Mixture(members=dict(MEMBERS)))
+
+
+YAML = """
+data:
+  source:
+    name: mixture
+    sources:
+      left: {{source: {{name: text, files: ["{left}"], documents: blocks}}}}
+      right: {{source: {{name: text, files: ["{right}"], documents: blocks}}}}
+  tokenizer: {{vocab_size: 320}}
+  length: 32
+  validation: 0.15
+  cache: "{cache}"
+model: {{name: encoder, layers: 1, width: 16, heads: 2, max_length: 32}}
+objective:
+  name: mixture
+  members:
+    lm: {{objective: {{name: masked_lm}}, source: left}}
+    order: {{objective: {{name: sentence_order_prediction, masked_lm: null}}, weight: 0.5, source: right}}
+train:
+  steps: 4
+  batch_size: 8
+  log_every: 1
+  checkpoint_every: 2
+  coefficients: {{order/sop: {{name: linear, peak: 1.0, warmup_steps: 4}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., config.Experiment]:
+    folder = tmp_path_factory.mktemp("mixture")
+    left, right = write_corpus(folder / "left.txt"), write_corpus(folder / "right.txt", seed=1)
+    file = folder / "mixture.yaml"
+    file.write_text(YAML.format(left=left, right=right, cache=folder / "cache"))
+    return lambda run, *overrides: config.load(file, [f"run={run}", *overrides])
+
+
+def test_a_run_reads_each_source_and_resumes_to_the_bit(
+    settings: Callable[..., config.Experiment], tmp_path: pathlib.Path
+) -> None:
+    with quick_compilation():
+        result = fit(settings(tmp_path / "whole"), quiet=True)
+        (batch,) = result.assembly.batches("train", steps=1)
+        # Sources are numbered in the order of their names.
+        assert {name: set(part["row_ids"][:, 0].tolist()) for name, part in batch.items()} == {"lm": {0}, "order": {1}}
+        assert {"eval/lm/nll", "eval/order/sop_accuracy", "eval/term/order/sop", "eval/loss"} < set(result.metrics)
+        # Linear warm-up over 4 steps: the coefficient of update s is s / 4.
+        assert [result.assembly.coefficients(step)["order/sop"] for step in (0, 2)] == [0.0, 0.5]
+        (tmp_path / "whole" / "checkpoints" / "4" / "manifest.json").unlink()
+        again = fit(settings(tmp_path / "whole"), resume=True, quiet=True)
+    state = result.assembly.abstract_state
+    assert stored_bits(tmp_path / "whole", state, step=4) == {
+        jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(result.state)[0]
+    }
+    assert again.metrics["eval/loss"] == result.metrics["eval/loss"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.combine=sample", r"batch_size is 5, .* over 8 devices"),
+        ("objective.members.lm.source=middle", r"RowSpec\.source is 'middle'; accepted: .*left, right"),
+        ("objective.members.lm.objective.name=causal", r"objective\.members\.lm\.objective\.name"),
+        ("train.coefficients={order/nll: 1}", r"train\.coefficients\.order/nll"),
+    ],
+)
+def test_mistakes_in_a_config(
+    settings: Callable[..., config.Experiment], tmp_path: pathlib.Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(settings(tmp_path / "run", override), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+MUTANTS = [
+    (
+        Mutant("a weight is dropped", Mixture, "coefficients", lambda real: property(lambda self: _ones(real, self))),
+        [test_sampled_rows_are_shared_in_proportion],
+    ),
+    (
+        Mutant(
+            "one member's keys for all",
+            Mixture,
+            "corrupt",
+            lambda real: lambda self, keys, batch, ctx: real(self, dict.fromkeys(keys, keys["order"]), batch, ctx),
+        ),
+        [test_the_sum_is_that_of_each_member_alone],
+    ),
+    (
+        Mutant("the sign of s", _mixture.jnp, "exp", lambda real: lambda x: real(-x)),
+        [test_uncertainty_weighting_is_its_formula],
+    ),
+    (
+        Mutant(
+            "one context for all",
+            _mixture,
+            "_context_of",
+            lambda real: lambda ctx, name: real(ctx, next(iter(ctx.keys))),
+        ),
+        [test_the_sum_is_that_of_each_member_alone],
+    ),
+]
+
+
+def _ones(real: Any, mixture: Mixture) -> dict[str, float]:
+    return dict.fromkeys(real.fget(mixture), 1.0)
+
+
+@pytest.mark.parametrize(("mutant", "checks"), MUTANTS, ids=[str(mutant) for mutant, _ in MUTANTS])
+def test_mutants_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, mutant: Mutant, checks: list[functools.partial[None]]
+) -> None:
+    assert_killed(monkeypatch, mutant, checks)

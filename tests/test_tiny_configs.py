@@ -1,0 +1,115 @@
+"""Every file of configs/tiny is trained to its last step, resumed from an earlier one to the same bits, and evaluated.
+
+A new config states in `EXPECTED` what its run must reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import pathlib
+import random
+import re
+import shutil
+import textwrap
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from lmobj import config
+from lmobj.train import FitResult, fit
+from lmobj.train.trained import open_run
+from tests.train.tiny_runs import metric_lines, quick_compilation
+
+FOLDER = pathlib.Path(__file__).parent.parent / "configs" / "tiny"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+class Expected(NamedTuple):
+    """A figure of the held-out text at the end, and the least or most that it may be."""
+
+    metric: str
+    below: float | None = None
+    above: float | None = None
+
+    def check(self, metrics: dict[str, float]) -> None:
+        value = metrics[f"eval/{self.metric}"]
+        assert np.isfinite(value)
+        assert self.below is None or value < self.below
+        assert self.above is None or value > self.above
+
+
+UNIGRAM = 2.958
+"""Bits per byte of the stdlib corpus under its token frequencies, which each run's baselines.json has."""
+
+EXPECTED = {
+    "causal_lm": Expected("bits_per_byte", below=UNIGRAM),
+    "causal_lm_gru": Expected("bits_per_byte", below=UNIGRAM),
+    # The frequencies of the training text give 6.264 nats per ordinary token of the held-out one.
+    "masked_lm": Expected("nll", below=6.264),
+    # Three classes, as many pairs of each.
+    "entailment": Expected("accuracy", above=0.9),
+    "mixture": Expected("lm/nll", below=6.264),
+    "next_sentence": Expected("nll", below=6.264),
+    "sentence_order": Expected("nll", below=6.264),
+    "replaced_token_detection": Expected("mlm_nll", below=6.264),  # the same tokens
+    # Half of the ordinary tokens at a time, from the rest and from memory.
+    "permutation_lm": Expected("nll", below=6.264),
+    "transformer_xl": Expected("bits_per_byte", below=UNIGRAM),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where the corpus that they share is prepared, once for all processes of the tests."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if own.name.startswith("popen-") else own) / "tiny_configs_data"
+
+
+def test_every_config_says_what_it_reaches() -> None:
+    assert {path.stem for path in FILES} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_trains_resumes_and_evaluates(
+    path: pathlib.Path, cache: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_what_the_header_says(path)
+    with quick_compilation():
+        loaded = config.load(path, [f"run={tmp_path / 'run'}", f"data.cache={cache}", "train.mesh.data=1"])
+        steps = loaded.train.steps
+        earlier = steps - max(steps // 8, 1)
+        train = dataclasses.replace(loaded.train, checkpoint_every=earlier, evaluate_every=steps)
+        loaded = dataclasses.replace(loaded, train=train)
+        whole = fit(loaded, quiet=True)
+        EXPECTED[path.stem].check(whole.metrics)
+
+        shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / str(steps))
+        resumed = fit(dataclasses.replace(loaded, run=str(tmp_path / "stopped")), resume=True, quiet=True)
+        assert metric_lines(tmp_path / "stopped") == metric_lines(tmp_path / "run")
+        assert bits(resumed) == bits(whole)
+
+        metrics = open_run(loaded, quiet=True).evaluate()
+    assert metrics == {name.removeprefix("eval/"): x for name, x in whole.metrics.items() if name.startswith("eval/")}
+
+
+def write_what_the_header_says(path: pathlib.Path) -> None:
+    """Runs the script that a header gives to make the config's data, `python -c '...' > FILE`, in this folder."""
+    header = "\n".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
+    for script, file in re.findall(r"python -c '\n(.*?)\n *' > (\S+)", header, re.DOTALL):
+        written = io.StringIO()
+        random.seed(0)
+        with contextlib.redirect_stdout(written):
+            exec(textwrap.dedent(script), {})
+        pathlib.Path(file).write_text(written.getvalue())
+
+
+def bits(result: FitResult) -> dict[str, bytes]:
+    """The bytes of every array of the final state, the optimizer's and the carried ones included, by path."""
+    leaves: list[tuple[Any, Any]] = jax.tree_util.tree_flatten_with_path(result.state)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
