@@ -7,7 +7,7 @@ A batch is a dict of arrays with standard names, rows first:
     positions     [B, L] int32   position inside the segment, from 0
     row_ids       [B, 2] int32   (source id, example id): the address of a row's randomness
     token_types   [B, L] int32   pairs, examples and stream_pairs: 0 for text A, 1 for text B (stream_pairs: 2 for CLS)
-    pair_labels   [B]    int32   pairs and stream_pairs: 0 = B follows A in the text, 1 = it does not (`RowSpec.pairing`)
+    pair_labels   [B]    int32   pairs and stream_pairs: 0 = B follows A, 1 = it does not (`RowSpec.pairing`)
     backward      [B]    bool    bidirectional streams only: the row reads its text from the end
     word_starts   [B, L] bool    on request: the token begins a word
     token_bytes   [B, L] int32   on request: UTF-8 bytes that the token stands for (0 for special tokens)

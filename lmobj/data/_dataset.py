@@ -107,8 +107,8 @@ class Dataset:
 
         Raises:
           UserError: an empty split, a batch size below 1, a length with no room for text, labels that the data does
-            not have, (pairs) no document with two sentences or none to pair it with, or (streams) fewer rows in a batch than sources, an odd
-            number of them to be read in both directions, or no room for the two texts of a row.
+            not have, (pairs) no document with two sentences or none to pair it with, or (streams) fewer rows in a batch
+            than sources, an odd number of them to be read in both directions, or no room for the two texts of a row.
         """
         self._check(spec, batch_size)
         once = split != "train"

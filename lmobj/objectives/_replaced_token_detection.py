@@ -42,10 +42,9 @@ class ReplacedTokenDetection(Objective):
     Metrics: `mlm_nll` (nats per drawn token) and `mlm_accuracy`; `disc_accuracy` over all tokens, beside which
     1 - `replaced` is what naming no token reaches; `disc_precision` and `disc_recall` of the tokens that were replaced.
 
-    Deviations from the reference code: tokens are drawn anew at every step and every evaluation, but the count of a
-    packed row is taken over the row, not over each document in it; where a token is drawn twice, the first sample is
-    taken (see `noise.replace_tokens`); `disallow_correct` excludes the true token, where the reference lowers its logit
-    by 1000.
+    Deviations from the reference code: the count of a packed row is taken over the row, not over each document in it;
+    where a token is drawn twice, the first sample is taken (see `noise.replace_tokens`); `disallow_correct` excludes
+    the true token, where the reference lowers its logit by 1000.
     """
 
     summary: ClassVar[str] = "Tell which tokens a small generator has replaced (ELECTRA)."

@@ -304,8 +304,8 @@ def _muon_rule(config: Muon, describe: Describe) -> optax.GradientTransformation
         labels = map_described(describe(params), lambda p: "matrix" if p.is_hidden_matrix else "rest")
         if "matrix" not in jax.tree.leaves(labels):
             raise UserError(
-                "optimizer.name is muon, and no parameter is a hidden matrix with logical axes; accepted: a model "
-                "whose parameters carry `axes`, or another optimizer, such as adamw."
+                "train.optimizer.name is muon, and no parameter is a hidden matrix with logical axes; accepted: a "
+                "model whose parameters carry `axes`, or another optimizer, such as adamw."
             )
         return labels
 
@@ -344,7 +344,7 @@ def _muon_dimensions(parameter: Parameter) -> contrib.MuonDimensionNumbers:
     if len(names) > 2 and names[-1] == "embed":
         return contrib.MuonDimensionNumbers(axes[:-1], axes[-1:])
     raise UserError(
-        f"optimizer.name is muon, and the parameter {'/'.join(map(str, parameter.path))} with logical axes "
+        f"train.optimizer.name is muon, and the parameter {'/'.join(map(str, parameter.path))} with logical axes "
         f"{parameter.names} is no matrix; accepted: two axes, or more with `embed` as the first or the last."
     )
 

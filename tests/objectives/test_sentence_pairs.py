@@ -82,19 +82,19 @@ def terms_of(objective: Any) -> tuple[Any, Any]:
 
 
 def test_both_terms_have_their_own_sums_and_denominators() -> None:
-    for kind in KINDS:
-        objective = kind(masked_lm=MaskedLM(mask_rate=0.3))
-        terms, weights = terms_of(objective)
-        # round(0.3 * 10) = 3 of row 0 and round(0.3 * 5) = 2 (half to even) of row 1, log 16 each.
-        np.testing.assert_allclose(terms.sums["nll"], 5 * math.log(16), rtol=1e-6)
-        np.testing.assert_allclose(weights["nll"], 5 + 1e-5, rtol=1e-7)
-        name = kind.TERM
-        np.testing.assert_allclose(terms.sums[name], PAIRS, rtol=1e-6)
-        assert float(weights[name]) == 2
-        assert [float(x) for x in terms.metrics[f"{name}_accuracy"]] == [1, 2]
-        np.testing.assert_allclose(terms.metrics["nll"], (5 * math.log(16), 5), rtol=1e-6)
-        loss = total_loss(terms, weights, objective.coefficients)
-        np.testing.assert_allclose(loss, 5 * math.log(16) / (5 + 1e-5) + PAIRS / 2, rtol=1e-6)
+    objective = NextSentencePrediction(masked_lm=MaskedLM(mask_rate=0.3))
+    terms, weights = terms_of(objective)
+    # round(0.3 * 10) = 3 of row 0 and round(0.3 * 5) = 2 (half to even) of row 1, log 16 each.
+    np.testing.assert_allclose(terms.sums["nll"], 5 * math.log(16), rtol=1e-6)
+    np.testing.assert_allclose(weights["nll"], 5 + 1e-5, rtol=1e-7)
+    np.testing.assert_allclose(terms.sums["nsp"], PAIRS, rtol=1e-6)
+    assert float(weights["nsp"]) == 2
+    assert [float(x) for x in terms.metrics["nsp_accuracy"]] == [1, 2]
+    np.testing.assert_allclose(terms.metrics["nll"], (5 * math.log(16), 5), rtol=1e-6)
+    loss = total_loss(terms, weights, objective.coefficients)
+    np.testing.assert_allclose(loss, 5 * math.log(16) / (5 + 1e-5) + PAIRS / 2, rtol=1e-6)
+    assert SentenceOrderPrediction().coefficients == {"nll": 1.0, "sop": 1.0}
+    assert SentenceOrderPrediction().epsilon == {"nll": 1e-5}
 
 
 def test_pairs_without_masked_lm() -> None:
