@@ -106,7 +106,12 @@ class _Builder:
         try:
             return section(**fields)
         except ValueError as error:
-            message = str(error) if str(error).startswith(path) else f"{path}: {error}"
+            before, _, last = path.rpartition(".")
+            message = str(error)
+            if message.startswith(f"{last}.") and before:  # the key where this section mostly stands
+                message = f"{before}.{message}"
+            elif not message.startswith(path):
+                message = f"{path}: {message}"
             raise self.error(message.split(" ", 1)[0], message, path) from None
 
     def leaf(self, kind: Any, value: Any, path: str) -> Any:
@@ -121,7 +126,8 @@ class _Builder:
         """The error for an unknown key: names the nearest key of this section, or of any other."""
         accepted = list(_hints(section))
         here = difflib.get_close_matches(key, accepted, n=1, cutoff=0.6)
-        elsewhere = [dotted for dotted in _all_keys(self.root) if dotted.rsplit(".", 1)[-1] == key]
+        dotted = _join(path, key)
+        elsewhere = [known for known in _all_keys(self.root) if known.rsplit(".", 1)[-1] == key and known != dotted]
         if here:
             nearest = f" Did you mean {_join(path, here[0])}?"
         elif elsewhere:
@@ -130,7 +136,6 @@ class _Builder:
             nearest = ""
         owner = f"{path} ({_name(section)})" if path and _name(section) else path
         keys = f"The keys of {owner} are" if path else "The keys are"
-        dotted = _join(path, key)
         return self.error(
             dotted, f"unknown key {dotted} (value {show(value, 40)}).{nearest} {keys} {', '.join(accepted)}."
         )

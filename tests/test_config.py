@@ -14,7 +14,7 @@ import pydantic
 import pytest
 import yaml
 
-from lmobj import _settings, config
+from lmobj import _settings, bench, config
 from lmobj.errors import UserError
 from lmobj.models import GRUConfig
 from lmobj.objectives import CausalLM
@@ -97,8 +97,8 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "parts"),
     [
-        ("objective: {name: causal_lm}", [], ["model is missing", "decoder, encoder, gru"]),
-        ("model: {name: gru}", [], ["objective is missing", "causal_lm, masked_lm"]),
+        ("objective: {name: causal_lm}", [], ["model is missing", "decoder, electra, encoder, gru, xlnet"]),
+        ("model: {name: gru}", [], ["objective is missing", "causal_lm, entailment, masked_lm"]),
         (
             _MINIMAL + "trian: {steps: 1}",
             [],
@@ -136,6 +136,10 @@ def test_dump_round_trips_and_pydantic_agrees(write: Write, key: str, name: str)
     parent = key.rsplit(".", 1)[0]
     if key.startswith("train.optimizer."):  # a schedule: it needs an optimizer that has one
         extras = ["train.optimizer.name=adamw"]
+    if key == "objective.masked_lm":
+        extras = ["objective.name=next_sentence_prediction"]
+    if (key, name) == ("objective", "mixture"):
+        extras = ["objective.members={lm: {objective: {name: masked_lm}}}"]
     assert parent.split(".")[0] in {"data", "model", "objective", "train"}
     overrides = [*extras, f"{key}.name={name}", "sample=['1e5', 'no']", "train.coefficients={nll: 2}"]
     experiment = config.load(write(_MINIMAL), overrides)
@@ -187,10 +191,11 @@ def test_shipped_configs_exist() -> None:
 
 @pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: str(path.relative_to(_ROOT)))
 def test_shipped_configs_load_and_open_with_their_launch_command(path: pathlib.Path) -> None:
-    config.load(path)
+    command = "bench" if path.parent.name == "bench" else "train"
+    (bench if command == "bench" else config).load(path)
     opening = re.match(r"(#.*\n)+", path.read_text())
     assert opening, "opens with a comment"
-    assert f"lmobj train {path.relative_to(_ROOT)}" in opening.group()
+    assert f"lmobj {command} {path.relative_to(_ROOT)}" in opening.group()
 
 
 def test_the_schema_file_is_current() -> None:

@@ -151,7 +151,7 @@ def test_what_has_no_row_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(checks.missing()) == []
     monkeypatch.setitem(objectives.REGISTRY, "new_lm", objectives.CausalLM)
     monkeypatch.delitem(checks.MASKS, "causal")
-    for name in ("causal packed", "causal at an offset"):
+    for name in ("causal packed", "causal at an offset", "causal with memory"):
         monkeypatch.delitem(checks.MASKS, name)
     assert [finding.check for finding in checks.missing()] == ["attention causal", "objective new_lm"]
 

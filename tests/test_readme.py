@@ -14,6 +14,7 @@ from lmobj import config
 _ROOT = pathlib.Path(__file__).parent.parent
 _TEXT = (_ROOT / "README.md").read_text(encoding="utf-8")
 _BLOCKS = re.findall(r"```python\n(.*?)```", _TEXT, re.DOTALL)
+_SECTIONS = re.findall(r"```yaml\n(.*?)```", _TEXT, re.DOTALL)
 
 
 def test_the_functions_run_under_jit_and_grad() -> None:
@@ -44,11 +45,19 @@ def test_an_objective_of_ones_own_trains(tmp_path: pathlib.Path, monkeypatch: py
 
 
 def test_the_data_section_is_a_valid_one(tmp_path: pathlib.Path) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", _TEXT, re.DOTALL)
-    (tmp_path / "mixed.yaml").write_text(f"model: {{name: gru}}\nobjective: {{name: causal_lm}}\n{block}")
+    (tmp_path / "mixed.yaml").write_text(f"model: {{name: gru}}\nobjective: {{name: causal_lm}}\n{_SECTIONS[0]}")
     data = config.load(tmp_path / "mixed.yaml").data
     assert {name: entry.weight for name, entry in data.source.sources.items()} == {"wiki": 3.0, "books": 1.0}
     assert data.clean.near_duplicates.threshold == 0.8
+
+
+def test_the_mixture_is_a_valid_objective(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mixture.yaml").write_text(f"model: {{name: encoder}}\n{_SECTIONS[1]}")
+    objective = config.load(tmp_path / "mixture.yaml").objective
+    assert objective.weighting == "uncertainty"
+    assert {name: member.source for name, member in objective.members.items()} == {"lm": "wiki", "nli": "pairs"}
+    (term,) = re.findall(r"train\.coefficients: \{(\S+): ", _SECTIONS[1])
+    assert term in objective.coefficients
 
 
 def test_links_lead_somewhere() -> None:

@@ -50,6 +50,8 @@ EXPECTED = {
     "causal_lm_gru": Expected("bits_per_byte", below=UNIGRAM),
     # The frequencies of the training text give 6.264 nats per ordinary token of the held-out one.
     "masked_lm": Expected("nll", below=6.264),
+    "masked_lm_ngram": Expected("nll", below=6.264),
+    "span_boundary": Expected("nll", below=6.264),
     # Three classes, as many pairs of each.
     "entailment": Expected("accuracy", above=0.9),
     "mixture": Expected("lm/nll", below=6.264),

@@ -136,15 +136,26 @@ ROWS, LENGTH, HEADS, GROUPS, WIDTH = 2, 32, 4, 2, 16
 SEGMENTS = np.stack([np.repeat([1, 2, 3, 0], [11, 6, 9, 6]), np.repeat([1, 2], [5, 27])]).astype(np.int32)
 IS_PREFIX = np.stack([np.isin(np.arange(32), [0, 1, 2, 11, 12, 17]), np.arange(32) < 4])
 OFFSETS = np.asarray([3, 24], np.int32)
+RANKS = np.stack([(np.arange(32) * 7 + 3) % 32, (np.arange(32) * 11 + 5) % 32]).astype(np.int32)
+"""Two orders of a row."""
+KEY_RANKS = np.where(np.arange(32) < 2, -1, RANKS).astype(np.int32)
+"""The first two tokens are seen by all, so that no query of another stream sees nothing."""
+REMEMBERED = np.stack([np.arange(8) >= 3, np.arange(8) >= 0])
 
 MASKS: dict[str, Callable[[], masks.AttentionMask]] = {
     "causal": masks.causal,
     "causal packed": lambda: masks.causal().packed(jnp.asarray(SEGMENTS)),
     "causal at an offset": lambda: masks.causal().at(jnp.asarray(OFFSETS)),
+    "causal with memory": lambda: masks.causal().with_memory(jnp.asarray(REMEMBERED)),
     "bidirectional": masks.bidirectional,
     "bidirectional packed": lambda: masks.bidirectional().packed(jnp.asarray(SEGMENTS)),
     "prefix": lambda: masks.prefix(jnp.asarray(IS_PREFIX)),
     "prefix packed": lambda: masks.prefix(jnp.asarray(IS_PREFIX)).packed(jnp.asarray(SEGMENTS)),
+    "permutation": lambda: masks.permutation(jnp.asarray(RANKS), jnp.asarray(RANKS), sees_self=True),
+    "permutation of queries": lambda: masks.permutation(jnp.asarray(RANKS), jnp.asarray(KEY_RANKS)),
+    "permutation packed": lambda: masks.permutation(jnp.asarray(RANKS), jnp.asarray(RANKS), sees_self=True).packed(
+        jnp.asarray(SEGMENTS)
+    ),
     "sliding_window": lambda: masks.sliding_window(7),
     "sliding_window packed": lambda: masks.sliding_window(7).packed(jnp.asarray(SEGMENTS)),
 }
@@ -205,10 +216,18 @@ def attention_reference(arrays: Arrays, mask: masks.AttentionMask, soft_cap: flo
 
 def _visible(mask: masks.AttentionMask, b: int, i: int, j: int) -> bool:
     """Whether query i of row b sees key j, rule by rule as `AttentionMask` states them."""
+    if mask.memory is not None:
+        if j < mask.memory.shape[1]:
+            return bool(mask.memory[b, j])
+        j -= mask.memory.shape[1]
     at = i if mask.query_offset is None else i + int(np.asarray(mask.query_offset)[b])
     if mask.causal:
         seen = j <= at and (mask.window is None or j > at - mask.window)
         if not seen and not (mask.is_prefix is not None and bool(mask.is_prefix[b, j])):
+            return False
+    if mask.query_rank is not None and mask.key_rank is not None:
+        before = int(mask.query_rank[b, i]) > int(mask.key_rank[b, j])
+        if not before and not (mask.sees_self and i == j):
             return False
     return mask.segment_ids is None or bool(mask.segment_ids[b, i] == mask.segment_ids[b, j])
 

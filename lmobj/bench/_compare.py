@@ -9,8 +9,8 @@ from lmobj.train.assemble import Assembly
 
 __all__ = ["check_comparable", "check_same_data", "differing_data"]
 
-_SAME_MEANING = {"bits_per_byte": "bits_per_byte", "top5_accuracy": "top5_accuracy"}
-"""Evaluation metrics that mean the same for all objectives with this `judged_by`: bits of the whole text per byte of
+_SAME_MEANING = ("bits_per_byte", "top5_accuracy")
+"""Evaluation metrics that mean the same for all objectives that are judged by them: bits of the whole text per byte of
 it, which only left-to-right models have; hits among five guesses for the same masked words."""
 
 _FREE_OF_DATA = ("data.length", "data.cache", "data.workers")
@@ -31,8 +31,8 @@ def check_comparable(arms: Mapping[str, Assembly], metrics: Sequence[str]) -> No
         kind, _, name = metric.partition("/")
         if kind == "perf":
             continue
-        if judged_by := _SAME_MEANING.get(name) if kind == "eval" else None:
-            without = [arm for arm, run in arms.items() if run.objective.judged_by != judged_by]
+        if kind == "eval" and name in _SAME_MEANING:
+            without = [arm for arm, run in arms.items() if run.objective.judged_by != name]
             if without:
                 raise UserError(
                     f"metrics has {metric}, which {_named(arms, without)} {_verb(without)} not measured by; accepted: "

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from lmobj.errors import UserError
 from lmobj.train.assemble import Design
 
-__all__ = ["formula_flops", "matmul_flops", "step_flops", "tokens_per_step"]
+__all__ = ["formula_flops", "matmul_flops", "step_flops"]
 
 
 def step_flops(design: Design, hlo_text: str) -> int:
@@ -39,12 +39,7 @@ def formula_flops(design: Design) -> float:
     """
     model, length = design.config.model, design.config.data.length
     attention = 12 * getattr(model, "layers", 0) * getattr(model, "width", 0) * length
-    return float((6 * design.parameter_count + attention) * tokens_per_step(design))
-
-
-def tokens_per_step(design: Design) -> int:
-    """Tokens of a global batch, of all members of a mixture together."""
-    return sum(design.batch_sizes.values()) * design.config.data.length
+    return float((6 * design.parameter_count + attention) * design.tokens_per_step)
 
 
 def matmul_flops(hlo_text: str) -> int:

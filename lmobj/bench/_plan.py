@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lmobj.bench._config import Budget
-from lmobj.bench._flops import formula_flops, step_flops, tokens_per_step
+from lmobj.bench._flops import formula_flops, step_flops
 from lmobj.config import Experiment
 from lmobj.errors import UserError
 from lmobj.train import TrainConfig
@@ -55,7 +55,7 @@ def plan_arm(arm: str, run: Assembly, budget: Budget) -> ArmPlan:
     """
     compiled = run.lower_train_step().compile()
     cost: dict[str, Any] = {
-        "tokens_per_step": tokens_per_step(run),
+        "tokens_per_step": run.tokens_per_step,
         "flops_per_step": step_flops(run, compiled.as_text() or ""),
         "formula_flops_per_step": formula_flops(run),
         "seconds_per_step": _time_step(run, compiled) if budget.kind == "seconds" else None,

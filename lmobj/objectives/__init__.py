@@ -23,6 +23,7 @@ from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._registry import REGISTRY, ObjectiveConfig
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._span_boundary import SpanBoundary
 from lmobj.objectives._transformer_xl import TransformerXL
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Role",
     "Rows",
     "SentenceOrderPrediction",
+    "SpanBoundary",
     "TermKind",
     "Terms",
     "TransformerXL",

@@ -19,6 +19,7 @@ from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import LanguageModel
 from lmobj.objectives._objective import Context, Example, Judge, Models, Objective, Terms, token_metrics
+from lmobj.objectives._tokens import head_stats
 
 __all__ = ["CausalLM", "check_token_loss", "next_token_example", "next_token_terms"]
 
@@ -156,14 +157,7 @@ def next_token_terms(
     Per token: label_smoothed_nll + z_loss * logsumexp(logits)^2. The metrics are of the nll alone.
     """
     head = model.head_table()
-    stats = losses.linear_logit_stats(
-        model.head_hidden(hidden),
-        head.table,
-        example.targets,
-        bias=head.bias,
-        vocab_size=head.vocab_size,
-        soft_cap=head.soft_cap,
-    )
+    stats = head_stats(model.head_hidden(hidden), head, example.targets)
     classes = head.vocab_size or head.table.shape[0]
     loss = losses.label_smoothed_nll(stats, epsilon=label_smoothing, num_classes=classes)
     loss = loss + z_loss * losses.z_loss(stats)

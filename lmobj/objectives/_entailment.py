@@ -23,6 +23,7 @@ from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role, Terms
 from lmobj.objectives._row_classes import class_sums, row_specials, row_weights
+from lmobj.objectives._tokens import hidden_states
 
 __all__ = ["Entailment"]
 
@@ -89,13 +90,7 @@ class Entailment(Objective):
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the sum over pairs."""
         model, head = models["model"], models["heads"]
-        hidden = model.hidden(
-            example.inputs,
-            mask=example.mask,
-            positions=example.positions,
-            token_types=example.token_types,
-            dropout=ctx.dropout,
-        )
+        hidden = hidden_states(model, example, ctx)
         pooled = head.pooled(hidden)
         if ctx.dropout is not None:
             pooled = noise.dropout(pooled, self.dropout, ctx.dropout, layer=0, site=_POOLED_SITE)

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lmobj import losses, masks, noise
+from lmobj import masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import LanguageModel
-from lmobj.objectives._objective import Context, Example, Models, Objective, Terms, token_metrics
+from lmobj.objectives._objective import Context, Example, Models, Objective, Terms
+from lmobj.objectives._tokens import hidden_states, token_terms
 
 __all__ = ["MaskedLM", "check_shares", "maskable", "masked_rows", "masked_terms"]
 
@@ -110,14 +111,7 @@ class MaskedLM(Objective):
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the weighted sum of losses at the predicted positions."""
         model = models["model"]
-        hidden = model.hidden(
-            example.inputs,
-            mask=example.mask,
-            positions=example.positions,
-            token_types=example.token_types,
-            dropout=ctx.dropout,
-        )
-        return masked_terms(model, hidden, example)._replace(carried=carried)
+        return masked_terms(model, hidden_states(model, example, ctx), example)._replace(carried=carried)
 
     @property
     def _reads_words(self) -> bool:
@@ -187,17 +181,7 @@ def maskable(batch: Batch, vocab: Vocabulary) -> Bool[Array, "B L"]:
 
 def masked_terms(model: LanguageModel, hidden: Float[Array, "B L D"], example: Example) -> Terms:
     """`nll` of the tokens at `example.predict`, and its metrics, from the hidden states of the corrupted rows."""
-    head = model.head_table()
-    stats = losses.linear_logit_stats(
-        model.head_hidden(example.at_predictions(hidden)),
-        head.table,
-        example.targets,
-        bias=head.bias,
-        vocab_size=head.vocab_size,
-        soft_cap=head.soft_cap,
-    )
-    nll = losses.nll(stats)
-    return Terms({"nll": jnp.sum(nll * example.weights)}, token_metrics(nll, example.weights, stats.correct))
+    return token_terms(model, example.at_predictions(hidden), example)
 
 
 def _isin(tokens: Int[Array, "B L"], ids: tuple[int, ...]) -> Bool[Array, "B L"]:

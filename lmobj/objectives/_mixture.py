@@ -12,8 +12,9 @@ and Semantics", eq. 10, for losses that are likelihoods of classes; s is log sig
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -57,10 +58,6 @@ class Member:
     source: str | None = None
     """Name of the source in data.source.sources that its rows come from; null: from all, as they are mixed."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise UserError(f"objective.members.weight is {self.weight}; it must be a finite number above 0.")
-
 
 @dataclass(frozen=True)
 class Mixture(Objective):
@@ -90,6 +87,10 @@ class Mixture(Objective):
         if not self.members:
             raise UserError("objective.members is empty; accepted: one or more named objectives.")
         for name, member in self.members.items():
+            if not 0 < member.weight < float("inf"):
+                raise UserError(
+                    f"objective.members.{name}.weight is {member.weight}; it must be a finite number above 0."
+                )
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise UserError(
                     f"objective.members has {name!r}; accepted: names of letters, digits, hyphens and underscores."
@@ -102,7 +103,7 @@ class Mixture(Objective):
                 )
 
     def __hash__(self) -> int:
-        return hash((tuple(self.members.items()), self.combine, self.weighting))
+        return hash((frozenset(self.members.items()), self.combine, self.weighting))
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -139,14 +140,16 @@ class Mixture(Objective):
 
     def check_classes(self, names: Sequence[str]) -> None:
         """Each member looks at the classes of the data."""
-        for objective in self.objectives.values():
-            objective.check_classes(names)
+        for name, objective in self.objectives.items():
+            with _keys_of(name):
+                objective.check_classes(names)
 
     def rows(self, vocab: Vocabulary, length: int) -> dict[str, RowSpec]:
         """Each member's rows, from its own source."""
         specs = {}
         for name, member in self.members.items():
-            spec = member.objective.rows(vocab, length)
+            with _keys_of(name):
+                spec = member.objective.rows(vocab, length)
             assert isinstance(spec, RowSpec)
             specs[name] = dataclasses.replace(spec, source=member.source)
         return specs
@@ -175,10 +178,10 @@ class Mixture(Objective):
 
     def init(self, models: Models, key: Key[Array, ""], batch_size: int) -> ObjectiveState:
         """Each member's state, and with uncertainty weighting s = 0 for each."""
-        states = {
-            name: objective.init(_models_of(models, name), jax.random.fold_in(key, i), batch_size)
-            for i, (name, objective) in enumerate(self.objectives.items())
-        }
+        states = {}
+        for i, (name, objective) in enumerate(self.objectives.items()):
+            with _keys_of(name):
+                states[name] = objective.init(_models_of(models, name), jax.random.fold_in(key, i), batch_size)
         params = {name: state.params for name, state in states.items()}
         carried = {name: state.carried for name, state in states.items()}
         if self.combine == "sample" and jax.tree.leaves(carried):
@@ -216,10 +219,8 @@ class Mixture(Objective):
             name: objective.terms(_models_of(models, name), example[name], carried[name], _context_of(ctx, name))
             for name, objective in self.objectives.items()
         }
-        sums, metrics = (
-            {name: one.sums for name, one in each.items()},
-            {name: one.metrics for name, one in each.items()},
-        )
+        sums = {name: one.sums for name, one in each.items()}
+        metrics = {name: one.metrics for name, one in each.items()}
         more: dict[str, Array] = {}
         if self.weighting == "uncertainty":
             log_variance = ctx.params[_UNCERTAINTY]
@@ -238,6 +239,16 @@ class _Heads(nnx.Module):
 
     def __init__(self, heads: Mapping[str, nnx.Module]) -> None:
         self.members = nnx.Dict(heads)
+
+
+@contextlib.contextmanager
+def _keys_of(name: str) -> Iterator[None]:
+    """What a member refuses names its keys where they stand: objective.x as objective.members.NAME.objective.x."""
+    try:
+        yield
+    except UserError as error:
+        place, message = f"objective.members.{name}", str(error)
+        raise UserError(f"{place}{'.' if message.startswith('objective.') else ': '}{message}") from error
 
 
 def _prefixed(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from lmobj import losses, masks, noise
+from lmobj import masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.models import TwoStreamModel
-from lmobj.objectives._objective import Context, Example, Models, Objective, ObjectiveState, Terms, token_metrics
+from lmobj.objectives._objective import Context, Example, Models, Objective, ObjectiveState, Terms
+from lmobj.objectives._tokens import token_terms
 
 __all__ = ["PermutationLM"]
 
@@ -134,18 +135,7 @@ class PermutationLM(Objective):
             reuse=self._sizes(example.inputs.shape[1])[0],
             dropout=ctx.dropout,
         )
-        head = model.head_table()
-        stats = losses.linear_logit_stats(
-            model.head_hidden(hidden),
-            head.table,
-            example.targets,
-            bias=head.bias,
-            vocab_size=head.vocab_size,
-            soft_cap=head.soft_cap,
-        )
-        nll = losses.nll(stats)
-        metrics = token_metrics(nll, example.weights, stats.correct)
-        return Terms({"nll": jnp.sum(nll * example.weights)}, metrics, memory)
+        return token_terms(model, hidden, example, memory)
 
     def _sizes(self, length: int) -> tuple[int, int, int]:
         """(reuse, perm_size, predictions) for rows of `length` tokens."""

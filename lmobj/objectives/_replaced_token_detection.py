@@ -23,7 +23,9 @@ from lmobj import losses, masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import GeneratorDiscriminator
+from lmobj.objectives._masked_lm import maskable, masked_rows
 from lmobj.objectives._objective import Context, Example, Metric, Models, Objective, Terms, token_metrics
+from lmobj.objectives._tokens import head_stats
 
 __all__ = ["ReplacedTokenDetection"]
 
@@ -84,27 +86,12 @@ class ReplacedTokenDetection(Objective):
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] document [SEP], packed or single; refuses a vocabulary without [MASK] and rows with nothing to see."""
-        if vocab.mask is None:
-            raise UserError(
-                "objective replaced_token_detection needs a [MASK] token and the vocabulary has none; set a tokenizer "
-                "with one."
-            )
-        prefix = () if vocab.cls is None else (vocab.cls,)
-        suffix = () if vocab.sep is None else (vocab.sep,)
-        visible = length - len(prefix) - len(suffix)
-        if visible < 2 or self._predictions(length) >= visible:
-            raise UserError(
-                f"objective.mask_rate {self.mask_rate} draws {self._predictions(length)} of the {max(visible, 0)} "
-                f"ordinary tokens in a row of data.length {length} and leaves none to read; "
-                "lower objective.mask_rate or raise data.length."
-            )
-        return RowSpec(self.layout, length, prefix=prefix, suffix=suffix)
+        return masked_rows(self.name, vocab, self.layout, length, self.mask_rate, self._predictions(length))
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """The generator's rows, each masked by its own key; special tokens and padding are never drawn."""
         tokens, segments = batch["tokens"], batch["segment_ids"]
         present = segments > 0
-        candidates = functools.reduce(jnp.logical_and, (tokens != i for i in ctx.vocab.special_ids), present)
         assert ctx.vocab.mask is not None
         mask = functools.partial(
             noise.mask_tokens_electra,
@@ -115,7 +102,7 @@ class ReplacedTokenDetection(Objective):
             replacement=self.replacement,
         )
         masked = jax.vmap(lambda *row, length: mask(*row, length=length))(
-            keys, tokens, candidates, length=jnp.sum(present, axis=1)
+            keys, tokens, maskable(batch, ctx.vocab), length=jnp.sum(present, axis=1)
         )
         extra = {"original": tokens, "present": present.astype(jnp.float32)}
         return Example(
@@ -162,14 +149,20 @@ class ReplacedTokenDetection(Objective):
     ) -> tuple[losses.LogitStats, Int[Array, "B K"]]:
         """The generator's losses at the slots, and its samples: constants, whatever the model is trained for."""
         states, head = model.generator_head_hidden(hidden), model.generator_head_table()
-        settings: dict[str, Any] = {"bias": head.bias, "vocab_size": head.vocab_size, "soft_cap": head.soft_cap}
-        stats = losses.linear_logit_stats(states, head.table, example.targets, **settings)
+        stats = head_stats(states, head, example.targets)
         if "sampled" in example.extra:
             return stats, example.extra["sampled"]
         seeds = _slot_seeds(ctx.keys, hidden.shape[1])
         excluded = example.targets if self.disallow_correct else None
         return stats, losses.linear_gumbel_sample(
-            states, head.table, seeds, temperature=self.temperature, excluded=excluded, **settings
+            states,
+            head.table,
+            seeds,
+            bias=head.bias,
+            temperature=self.temperature,
+            vocab_size=head.vocab_size,
+            soft_cap=head.soft_cap,
+            excluded=excluded,
         )
 
     def _predictions(self, length: int) -> int:

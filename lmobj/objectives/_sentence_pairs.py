@@ -28,6 +28,7 @@ from lmobj.models import HeadStyle, PairHead
 from lmobj.objectives._masked_lm import MaskedLM, masked_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role, Terms
 from lmobj.objectives._row_classes import class_sums, row_specials, row_weights
+from lmobj.objectives._tokens import hidden_states
 
 __all__ = ["NextSentencePrediction", "SentenceOrderPrediction"]
 
@@ -74,7 +75,12 @@ class _SentencePairs(Objective):
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] A [SEP] B [SEP]; refuses a vocabulary without them, and what masked LM refuses."""
         prefix, suffix = row_specials(self.name, vocab)
-        fields = () if self.masked_lm is None else self.masked_lm.rows(vocab, length).fields
+        fields: tuple[str, ...] = ()
+        if self.masked_lm is not None:
+            try:
+                fields = self.masked_lm.rows(vocab, length).fields
+            except UserError as error:
+                raise UserError(f"objective.masked_lm: {error}") from error
         return RowSpec("pairs", length, prefix, suffix, fields, pairing=self.PAIRING, short_rate=self.short_rate)
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
@@ -102,13 +108,7 @@ class _SentencePairs(Objective):
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """The sums of both terms from one pass over the corrupted rows."""
         model = models["model"]
-        hidden = model.hidden(
-            example.inputs,
-            mask=example.mask,
-            positions=example.positions,
-            token_types=example.token_types,
-            dropout=ctx.dropout,
-        )
+        hidden = hidden_states(model, example, ctx)
         labels, weights = example.extra["pair_labels"], example.extra["pair_weights"]
         pairs, accuracy = class_sums(models["heads"](hidden), labels, weights)
         masked = Terms({}, {}) if self.masked_lm is None else masked_terms(model, hidden, example)

@@ -8,6 +8,7 @@ from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._span_boundary import SpanBoundary
 from lmobj.objectives._transformer_xl import TransformerXL
 
 __all__ = ["SingleObjective"]
@@ -20,5 +21,6 @@ SingleObjective = (
     | PermutationLM
     | ReplacedTokenDetection
     | SentenceOrderPrediction
+    | SpanBoundary
     | TransformerXL
 )

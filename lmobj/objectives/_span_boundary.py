@@ -25,6 +25,7 @@ from lmobj.errors import UserError
 from lmobj.models import HeadStyle, SpanBoundaryHead
 from lmobj.objectives._masked_lm import check_shares, maskable, masked_rows, masked_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, ObjectiveState, Role, Terms
+from lmobj.objectives._tokens import head_stats, hidden_states
 
 __all__ = ["SpanBoundary"]
 
@@ -140,13 +141,7 @@ class SpanBoundary(Objective):
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll` and `sbo`: the weighted sums of the two losses, from one pass over the corrupted rows."""
         model = models["model"]
-        hidden = model.hidden(
-            example.inputs,
-            mask=example.mask,
-            positions=example.positions,
-            token_types=example.token_types,
-            dropout=ctx.dropout,
-        )
+        hidden = hidden_states(model, example, ctx)
         masked = masked_terms(model, hidden, example)
         stats = boundary_stats(models, hidden, example)
         nll, weights = losses.nll(stats), example.extra["boundary_weights"]
@@ -158,16 +153,10 @@ class SpanBoundary(Objective):
 def boundary_stats(models: Models, hidden: Float[Array, "B L D"], example: Example) -> losses.LogitStats:
     """[B, K] statistics of the logits of each masked token, seen from the borders of its span."""
     left, right = (jnp.take_along_axis(hidden, example.extra[side][..., None], axis=1) for side in ("left", "right"))
-    heads, table = models["heads"], models["model"].head_table()
+    heads, head = models["heads"], models["model"].head_table()
     bias = heads.bias[...]
-    return losses.linear_logit_stats(
-        heads(left, right, example.extra["offset"]),
-        table.table,
-        example.targets,
-        bias=jnp.pad(bias, (0, table.table.shape[0] - bias.shape[0])),  # the table may be padded
-        vocab_size=table.vocab_size,
-        soft_cap=table.soft_cap,
-    )
+    padded = jnp.pad(bias, (0, head.table.shape[0] - bias.shape[0]))  # as the table may be
+    return head_stats(heads(left, right, example.extra["offset"]), head._replace(bias=padded), example.targets)
 
 
 def _check_width(models: Models) -> None:

@@ -26,14 +26,16 @@ from lmobj import partition
 from lmobj._yaml import to_yaml
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.data import DataConfig, Dataset, prepare
+from lmobj.data import Rows as DataRows
 from lmobj.errors import UserError
-from lmobj.models import HeadedModel, ModelBuilder
-from lmobj.objectives import Objective, Role, Rows
+from lmobj.models import ModelBuilder
+from lmobj.objectives import Objective, Rows
 from lmobj.train import distributed
-from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together
+from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together, unnamed
 from lmobj.train.config import TrainConfig
 from lmobj.train.guard import GUARD
 from lmobj.train.optimizers import make_optimizer
+from lmobj.train.roles import build_models, built_roles
 from lmobj.train.run_folder import differing_keys
 from lmobj.train.schedules import make_schedule
 from lmobj.train.sharding import (
@@ -133,13 +135,18 @@ class Design:
         """Shape, dtype and sharding of every array of a global batch."""
         shapes = {name: batch_shapes(spec, self.batch_sizes[name]) for name, spec in self._members.items()}
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding), shapes)
-        return placed[""] if isinstance(self.rows, RowSpec) else placed
+        return unnamed(placed)
 
     @property
     def batch_sizes(self) -> dict[str, int]:
         """Rows of a global batch: of each member of a mixture by its name, else under no name."""
         size = self.config.train.batch_size
         return {"": size} if isinstance(self.rows, RowSpec) else dict(self.objective.member_rows(size))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch, padding included; of all members of a mixture together."""
+        return sum(self.batch_sizes.values()) * self.config.data.length
 
     @property
     def _members(self) -> dict[str, RowSpec]:
@@ -172,11 +179,15 @@ class Design:
     def fresh_carried(self, state: State) -> Any:
         """What an objective with a memory carries before any text was read."""
         with active(self.mesh, self.rules):
-            fresh = jax.jit(
-                lambda state: self.program.fresh_carried(state, {}, self.config.train.batch_size),
-                out_shardings=self.shardings.objective.carried,
-            )
-            return fresh(state)
+            return self._jitted_fresh_carried(state)
+
+    @functools.cached_property
+    def _jitted_fresh_carried(self) -> Any:
+        size = self.config.train.batch_size
+        return jax.jit(
+            lambda state: self.program.fresh_carried(state, {}, size),
+            out_shardings=self.shardings.objective.carried,
+        )
 
     def _run(self, step: Callable[..., Any], state: State, batch: Mapping[str, Any], *more: Any) -> Any:
         with active(self.mesh, self.rules):
@@ -194,7 +205,7 @@ class Design:
             name: on_devices(part, self._batch_sharding, self.batch_sizes[name])
             for name, part in members(batch).items()
         }
-        return placed[""] if isinstance(self.rows, RowSpec) else placed
+        return unnamed(placed)
 
     def gathered(self, state: State) -> dict[str, Any]:
         """The state's weights on the host, {role: nested dict of arrays}. Every process calls it and has all of them.
@@ -227,11 +238,12 @@ class Assembly(Design):
 
     def describe(self) -> str:
         """One line: objective, parameters, data and devices."""
-        train, data = self.config.train, self.dataset.summary()["splits"]["train"]
+        data = self.dataset.summary()["splits"]["train"]
+        sizes = " + ".join(map(str, self.batch_sizes.values()))
         axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         return (
             f"{type(self.objective).__name__}, {self.parameter_count:,} parameters; {data['documents']:,} documents, "
-            f"{data['tokens']:,} tokens; batches of {train.batch_size} x {self.config.data.length} on "
+            f"{data['tokens']:,} tokens; batches of {sizes} x {self.config.data.length} on "
             f"{self.mesh.size} {jax.devices()[0].device_kind} device{'s' * (self.mesh.size > 1)}"
             f"{f' ({axes})' if axes else ''}{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}"
         )
@@ -242,15 +254,21 @@ class Assembly(Design):
         With several processes each reads its `local_rows` of every batch, or with `whole` all rows. A mixture's batches
         are dicts of batches by member.
         """
-        seed, sizes = self.config.train.seed, self.batch_sizes
-        local = dict.fromkeys(sizes) if whole else self.local_rows
-        rows = {
-            name: self.dataset.rows(spec, split=split, seed=seed, batch_size=sizes[name])
-            for name, spec in self._members.items()
-        }
-        if isinstance(self.rows, RowSpec):
+        local = dict.fromkeys(self.batch_sizes) if whole else self.local_rows
+        rows = {name: self._read_rows(name, split) for name in self._members}
+        if "" in rows:
             return rows[""].batches(start, steps, local[""])
         return together(rows, start=start, steps=steps, local=local)
+
+    def _read_rows(self, name: str, split: str) -> DataRows:
+        """The rows of a split that a member of a mixture reads, or under no name those of the one batch."""
+        spec, size = self._members[name], self.batch_sizes[name]
+        try:
+            return self.dataset.rows(spec, split=split, seed=self.config.train.seed, batch_size=size)
+        except UserError as error:
+            if not name:
+                raise
+            raise UserError(f"objective.members.{name}: {error}") from error
 
 
 def resolved(config: Experiment, objective: Objective) -> dict[str, Any]:
@@ -332,12 +350,13 @@ def design(
     rules = make_rules(settings.sharding)
     rows = objective.rows(vocab, config.data.length)
     if not isinstance(rows, RowSpec):
-        for size in objective.member_rows(settings.batch_size).values():
-            check_batch(size, mesh, make_rules(settings.sharding), accumulate=settings.accumulate)
-    roles = _built_roles(objective)
+        for name, size in objective.member_rows(settings.batch_size).items():
+            share = f"objective.members.{name}'s share of train.batch_size"
+            check_batch(size, mesh, rules, accumulate=settings.accumulate, key=share)
+    roles = built_roles(objective)
 
     def build() -> dict[str, nnx.Module]:
-        return _build(objective, builder, vocab, roles, settings.seed)
+        return build_models(objective, builder, vocab, roles, settings.seed)
 
     abstract = nnx.eval_shape(build)
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
@@ -382,40 +401,6 @@ def _checked_mesh(settings: TrainConfig, mesh: Mesh | None = None) -> Mesh:
     mesh = make_mesh(settings.mesh) if mesh is None else mesh
     check_batch(settings.batch_size, mesh, make_rules(settings.sharding), accumulate=settings.accumulate)
     return mesh
-
-
-HEADS = "heads"
-"""The role of what an objective puts on the model's hidden states."""
-
-
-def _built_roles(objective: Objective) -> tuple[str, ...]:
-    """The roles that `fit` builds and trains: one model, and the objective's heads where it has some."""
-    roles = objective.roles
-    models = [name for name in roles if name != HEADS]
-    if len(models) != 1 or any(kind is not Role.TRAINABLE for kind in roles.values()):
-        described = ", ".join(f"{name} ({kind.value})" for name, kind in roles.items())
-        raise UserError(
-            f"objective is {type(objective).__name__}, which needs the models {described}; fit trains objectives with "
-            "one trainable model and heads on it. Train others with lmobj.train.Program, which takes any number."
-        )
-    return tuple(models + [HEADS] * (HEADS in roles))
-
-
-def _build(
-    objective: Objective, builder: ModelBuilder, vocab: Vocabulary, roles: tuple[str, ...], seed: int
-) -> dict[str, nnx.Module]:
-    """The models with fresh parameters, by role."""
-    key = jax.random.key(seed)
-    model = builder.build(vocab, nnx.Rngs(params=key))
-    if HEADS not in roles:
-        return {roles[0]: model}
-    if not isinstance(model, HeadedModel):
-        raise UserError(
-            f"objective is {type(objective).__name__}, which puts heads on the model, and {type(model).__name__} does "
-            "not say what they should look like; give it a property head_style that returns a lmobj.models.HeadStyle."
-        )
-    heads = objective.build_heads(model.head_style, vocab, nnx.Rngs(params=jax.random.fold_in(key, 1)))
-    return {roles[0]: model, HEADS: heads}
 
 
 def _coefficients(objective: Objective, settings: TrainConfig) -> dict[str, Callable[[Any], Any]]:

@@ -19,7 +19,7 @@ from lmobj.batch import LABEL_FIELDS, RowSpec
 from lmobj.data import HostBatch
 from lmobj.data import Rows as DataRows
 
-__all__ = ["batch_shapes", "local_rows", "members", "on_devices", "together"]
+__all__ = ["batch_shapes", "local_rows", "members", "on_devices", "together", "unnamed"]
 
 Local = NDArray[np.int64] | None
 """Rows of a global batch that this process reads, ascending; None: all of them."""
@@ -28,6 +28,11 @@ Local = NDArray[np.int64] | None
 def members(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batches of a mixture's members by name; a plain batch as the only one, without a name."""
     return {"": batch} if "row_ids" in batch else dict(batch)
+
+
+def unnamed(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `members`: what is under no name, if there is that, else the parts by their names."""
+    return dict(parts.get("", parts))
 
 
 def batch_shapes(rows: RowSpec, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

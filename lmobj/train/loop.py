@@ -82,8 +82,9 @@ def fit(
         if config.train.wandb is not None:
             config.train.wandb.check()
     run = assemble(config, objective=objective, model=model, quiet=quiet)
+    evaluation = Evaluation(run)
     with distributed.agreed("rehearsal"):
-        _rehearse(run)
+        _rehearse(run, evaluation)
     with distributed.agreed("files of the run"):
         if distributed.is_first() and resume:
             folder.fetch()
@@ -96,7 +97,6 @@ def fit(
         with _tracker(run, folder, start=int(state.step), quiet=quiet) as tracker:
             for note in (*notes, run.describe()):
                 tracker.note(note)
-            evaluation = Evaluation(run)
             if config.train.ema is not None:
                 tracker.note(config.train.ema.note)
             if not evaluation.has_text:
@@ -107,14 +107,16 @@ def fit(
     return FitResult(folder.path, state, metrics, run)
 
 
-def _rehearse(run: Assembly) -> None:
+def _rehearse(run: Assembly, evaluation: Evaluation) -> None:
     """Traces one batch and looks at memory and prompts, so that what cannot work is told before anything is written.
 
-    Otherwise rows longer than the model reads, say, would show after the run folder was made, and a prompt without a
-    mask only once the model was trained.
+    Otherwise rows longer than the model reads, say, would show after the run folder was made, held-out text without a
+    pair of sentences at the first evaluation, and a prompt without a mask only once the model was trained.
     """
     memory.check_state(run)
     next(run.batches("train", steps=1))
+    if evaluation.has_text:
+        next(run.batches(evaluation.split, steps=1))
     with active(run.mesh, run.rules):
         carried = run.abstract_state.objective.carried
         jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)
@@ -168,7 +170,7 @@ def _tracker(run: Assembly, folder: RunFolder, *, start: int, quiet: bool) -> Tr
         folder.path,
         start=start,
         total=settings.steps,
-        tokens_per_step=sum(run.batch_sizes.values()) * run.config.data.length,
+        tokens_per_step=run.tokens_per_step,
         flops_per_token=6 * run.parameter_count,
         quiet=quiet,
         sinks=list(_sinks(run, folder, start, quiet=quiet)) if distributed.is_first() else (),

@@ -112,14 +112,19 @@ def make_rules(overrides: Mapping[str, Sequence[str]] | None = None) -> partitio
     return table
 
 
-def check_batch(batch_size: int, mesh: Mesh, rules: partition.Rules, *, accumulate: int = 1) -> None:
-    """Refuses a global batch that does not split evenly into `accumulate` microbatches and over the mesh."""
+def check_batch(
+    batch_size: int, mesh: Mesh, rules: partition.Rules, *, accumulate: int = 1, key: str = "train.batch_size"
+) -> None:
+    """Refuses a global batch that does not split evenly into `accumulate` microbatches and over the mesh.
+
+    `key` is what the message calls its size.
+    """
     axes = rules["batch"]
     shards = math.prod(mesh.shape[axis] for axis in axes)
     if batch_size % (accumulate * shards):
         parts = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
         raise UserError(
-            f"batch_size is {batch_size}, which does not split into {accumulate} microbatches over {shards} devices "
+            f"{key} is {batch_size}, which does not split into {accumulate} microbatches over {shards} devices "
             f"({parts}); accepted: a multiple of {accumulate * shards}."
         )
 

@@ -1,4 +1,4 @@
-"""Span masking against SpanBERT's sequential procedure: by exact probabilities, draw by draw, and its borders by hand."""
+"""Span masking against SpanBERT's sequential procedure: by exact probabilities, draw by draw, and its borders."""
 
 from __future__ import annotations
 

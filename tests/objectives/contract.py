@@ -192,6 +192,21 @@ CASES: dict[str, Case] = {
         sees_later=True,
         variant=True,
     ),
+    "masked_lm/roberta": Case(
+        objectives.MaskedLM(selection="roberta", mask_rate=0.3, max_predictions=6),
+        {"model": ENCODER},
+        sees_later=True,
+        variant=True,
+    ),
+    "masked_lm/ngram": Case(
+        objectives.MaskedLM(selection="ngram", mask_rate=0.3, max_predictions=6),
+        {"model": ENCODER},
+        sees_later=True,
+        variant=True,
+    ),
+    "span_boundary": Case(
+        objectives.SpanBoundary(mask_rate=0.3, max_span=2, layout="packed"), {"model": ENCODER}, packed=False
+    ),
     "permutation_lm": Case(
         objectives.PermutationLM(perm_size=4, num_predictions=6, mask_alpha=2),
         {"model": XLNET},

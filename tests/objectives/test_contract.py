@@ -57,6 +57,17 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 FULL_CASES = [name for name, case in CASES.items() if not case.variant]
 full_cases = pytest.mark.parametrize("bench", FULL_CASES, indirect=True)
 """Without the variants, which are tested where the corruption matters."""
+SYSTEMS = ("causal_lm", "masked_lm", "permutation_lm", "replaced_token_detection")
+"""One of each kind of objective and model. The others are compiled for fewer layouts, splits and mappings."""
+
+
+def cases_with(argument: str, full: list[Any], relatives: list[Any], names: list[str]) -> pytest.MarkDecorator:
+    """Each case with each value: all of them for a system, and for the others those that they can fail apart."""
+    pairs = [(name, value) for name in names for value in (full if name in SYSTEMS else relatives)]
+    ids = [f"{name}-{value}" for name, value in pairs]
+    return pytest.mark.parametrize(("bench", argument), pairs, indirect=["bench"], ids=ids)
+
+
 packed_cases = pytest.mark.parametrize("bench", [name for name in FULL_CASES if CASES[name].packed], indirect=True)
 
 
@@ -97,7 +108,7 @@ def test_vmap_over_keys_equals_each(bench: Bench) -> None:
     np.testing.assert_allclose(together, np.asarray(each), rtol=EXACT)
 
 
-@pytest.mark.parametrize("mapped", ["pmap", "shard_map"])
+@cases_with("mapped", ["pmap", "shard_map"], ["shard_map"], list(CASES))
 def test_mapped_shares_add_up_to_the_whole(bench: Bench, mapped: str) -> None:
     """Each device's loss is its share under one global denominator: shares and their gradients sum to the whole."""
     axis = "rows"
@@ -125,8 +136,7 @@ def test_mapped_shares_add_up_to_the_whole(bench: Bench, mapped: str) -> None:
     assert norm_gap(gradient, bench.reference[1]) < EXACT
 
 
-@full_cases
-@pytest.mark.parametrize("accumulate", [2, 4])
+@cases_with("accumulate", [2, 4], [4], FULL_CASES)
 def test_microbatches_equal_the_batch(bench: Bench, accumulate: int) -> None:
     """Unequal weights per row, dropout on: the update is that of the whole batch."""
     whole, loss = bench.trained
@@ -157,8 +167,7 @@ def _on_mesh(bench: Bench, shape: tuple[int, int, int], steps: int) -> tuple[Any
     return state, losses, step.as_text()
 
 
-@full_cases
-@pytest.mark.parametrize("shape", LAYOUTS, ids=str)
+@cases_with("shape", LAYOUTS, [(8, 1, 1), (2, 2, 2)], FULL_CASES)
 def test_layouts_equal_one_device(bench: Bench, shape: tuple[int, int, int]) -> None:
     alone, losses = bench.trained
     state, sharded, text = _on_mesh(bench, shape, steps=2)

@@ -139,8 +139,8 @@ def test_members_draw_apart() -> None:
 def test_what_a_mixture_refuses() -> None:
     with pytest.raises(UserError, match=r"objective\.members is empty"):
         Mixture()
-    with pytest.raises(UserError, match=r"objective\.members\.weight is -1"):
-        Member(LM, weight=-1)
+    with pytest.raises(UserError, match=r"objective\.members\.lm\.weight is -1"):
+        Mixture(members={"lm": Member(LM, weight=-1)})
     with pytest.raises(UserError, match=r"objective\.members has 'a/b'; accepted: names of letters"):
         Mixture(members={"a/b": Member(LM)})
     remembering = Mixture(members={"xl": Member(TransformerXL()), "lm": Member(LM)}, combine="sample")
@@ -148,7 +148,12 @@ def test_what_a_mixture_refuses() -> None:
     model = nnx.eval_shape(lambda: builder.build(VOCAB, nnx.Rngs(params=0)))
     with pytest.raises(UserError, match=r"objective\.members\.xl carries a memory"):
         remembering.init({"model": model}, jax.random.key(0), 4)
-    assert hash(Mixture(members=MEMBERS)) == hash(Mixture(members=dict(MEMBERS)))
+    greedy = Mixture(members={"lm": Member(MaskedLM(mask_rate=0.9))})
+    with pytest.raises(UserError, match=r"^objective\.members\.lm\.objective\.mask_rate 0\.9 selects"):
+        greedy.rows(VOCAB, 8)
+    reversed_members = dict(reversed(MEMBERS.items()))
+    assert Mixture(members=MEMBERS) == Mixture(members=reversed_members)
+    assert hash(Mixture(members=MEMBERS)) == hash(Mixture(members=reversed_members))
 
 
 YAML = """
@@ -210,8 +215,8 @@ def test_a_run_reads_each_source_and_resumes_to_the_bit(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("objective.combine=sample", r"batch_size is 5, .* over 8 devices"),
-        ("objective.members.lm.source=middle", r"RowSpec\.source is 'middle'; accepted: .*left, right"),
+        ("objective.combine=sample", r"members\.lm's share of train\.batch_size is 5, .* over 8 devices"),
+        ("objective.members.lm.source=middle", r"members\.lm: RowSpec\.source is 'middle'; accepted: .*left, right"),
         ("objective.members.lm.objective.name=causal", r"objective\.members\.lm\.objective\.name"),
         ("train.coefficients={order/nll: 1}", r"train\.coefficients\.order/nll"),
     ],
@@ -221,6 +226,17 @@ def test_mistakes_in_a_config(
 ) -> None:
     with pytest.raises(UserError, match=message):
         fit(settings(tmp_path / "run", override), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_member_without_held_out_text_is_refused_before_training(
+    settings: Callable[..., config.Experiment], tmp_path: pathlib.Path
+) -> None:
+    """`right` is one document, which is trained on; `left` has documents in both splits."""
+    (tmp_path / "one.txt").write_text("The cat sat down. The dog ran. A bird sang. It rained. The sun rose. We ate.")
+    right = f'data.source.sources.right.source.files=["{tmp_path / "one.txt"}"]'
+    with pytest.raises(UserError, match=r"objective\.members\.order: the validation split holds no documents"):
+        fit(settings(tmp_path / "run", right), quiet=True)
     assert not (tmp_path / "run").exists()
 
 

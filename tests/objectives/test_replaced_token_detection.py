@@ -224,8 +224,8 @@ def test_dropout_reaches_both_and_samples_have_seeds_of_their_own() -> None:
         ({"mask_share": 1.2}, VOCAB, 16, r"mask_share is 1\.2"),
         ({"max_predictions": 0}, VOCAB, 16, "max_predictions is 0"),
         ({"temperature": 0.0}, VOCAB, 16, r"temperature is 0\.0"),
-        ({"mask_rate": 0.9}, VOCAB, 8, r"draws 7 of the 6 ordinary tokens in a row of data\.length 8"),
-        ({}, VOCAB, 3, "draws 1 of the 1 ordinary tokens"),
+        ({"mask_rate": 0.9}, VOCAB, 8, r"selects 7 of the 6 ordinary tokens in a row of data\.length 8"),
+        ({}, VOCAB, 3, "selects 1 of the 1 ordinary tokens"),
         ({}, Vocabulary(size=16), 16, r"needs a \[MASK\] token"),
     ],
 )

@@ -1,0 +1,40 @@
+"""What the objectives that predict tokens share: a model's hidden states, its vocabulary head, sums and metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lmobj import losses
+from lmobj.models import LanguageModel, OutputHead
+from lmobj.objectives._objective import Context, Example, Terms, token_metrics
+
+__all__ = ["head_stats", "hidden_states", "token_terms"]
+
+
+def hidden_states(model: LanguageModel, example: Example, ctx: Context) -> Float[Array, "B L D"]:
+    """The model's last hidden states of the example's rows."""
+    return model.hidden(
+        example.inputs,
+        mask=example.mask,
+        positions=example.positions,
+        token_types=example.token_types,
+        dropout=ctx.dropout,
+    )
+
+
+def head_stats(states: Float[Array, "B N E"], head: OutputHead, targets: Int[Array, "B N"]) -> losses.LogitStats:
+    """[B, N] statistics of the logits of an output head, which are never stored."""
+    return losses.linear_logit_stats(
+        states, head.table, targets, bias=head.bias, vocab_size=head.vocab_size, soft_cap=head.soft_cap
+    )
+
+
+def token_terms(model: LanguageModel, hidden: Float[Array, "B N D"], example: Example, carried: Any = ()) -> Terms:
+    """`nll`: the weighted sum of losses at the example's targets, and metrics, from the states that predict them."""
+    stats = head_stats(model.head_hidden(hidden), model.head_table(), example.targets)
+    nll = losses.nll(stats)
+    metrics = token_metrics(nll, example.weights, stats.correct)
+    return Terms({"nll": jnp.sum(nll * example.weights)}, metrics, carried)

@@ -1,0 +1,46 @@
+"""The models of a run: which an objective needs, and how they are built with fresh parameters."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from lmobj.batch import Vocabulary
+from lmobj.errors import UserError
+from lmobj.models import HeadedModel, ModelBuilder
+from lmobj.objectives import Objective, Role
+
+__all__ = ["HEADS", "build_models", "built_roles"]
+
+HEADS = "heads"
+"""The role of what an objective puts on the model's hidden states."""
+
+
+def built_roles(objective: Objective) -> tuple[str, ...]:
+    """The roles that `fit` builds and trains: one model, and the objective's heads where it has some."""
+    roles = objective.roles
+    models = [name for name in roles if name != HEADS]
+    if len(models) != 1 or any(kind is not Role.TRAINABLE for kind in roles.values()):
+        described = ", ".join(f"{name} ({kind.value})" for name, kind in roles.items())
+        raise UserError(
+            f"objective is {type(objective).__name__}, which needs the models {described}; fit trains objectives with "
+            "one trainable model and heads on it. Train others with lmobj.train.Program, which takes any number."
+        )
+    return tuple(models + [HEADS] * (HEADS in roles))
+
+
+def build_models(
+    objective: Objective, builder: ModelBuilder, vocab: Vocabulary, roles: tuple[str, ...], seed: int
+) -> dict[str, nnx.Module]:
+    """The models with fresh parameters, by role."""
+    key = jax.random.key(seed)
+    model = builder.build(vocab, nnx.Rngs(params=key))
+    if HEADS not in roles:
+        return {roles[0]: model}
+    if not isinstance(model, HeadedModel):
+        raise UserError(
+            f"objective is {type(objective).__name__}, which puts heads on the model, and {type(model).__name__} does "
+            "not say what they should look like; give it a property head_style that returns a lmobj.models.HeadStyle."
+        )
+    heads = objective.build_heads(model.head_style, vocab, nnx.Rngs(params=jax.random.fold_in(key, 1)))
+    return {roles[0]: model, HEADS: heads}
