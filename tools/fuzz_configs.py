@@ -22,7 +22,8 @@ from lmobj import _settings, _yaml, config
 
 __all__ = ["KINDS", "Spot", "odd_setting", "walk"]
 
-_CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+_FOLDER = Path(__file__).parent.parent / "configs"
+_CONFIGS = sorted(path for path in _FOLDER.rglob("*.yaml") if path.parent.name != "bench")
 _RAW = "@raw@"
 """Stands in a mapping for text that takes its place once the mapping is written as YAML."""
 

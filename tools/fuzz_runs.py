@@ -218,7 +218,11 @@ _MODELS = {
     "gru": {"name": "gru", "layers": 1, "width": 8},
     "decoder": {"name": "decoder", "layers": 1, "width": 8, "heads": 2, "max_length": 32},
     "encoder": {"name": "encoder", "layers": 1, "width": 8, "heads": 2, "max_length": 32},
+    "electra": {"name": "electra", "layers": 1, "width": 8, "heads": 2, "max_length": 32},
+    "xlnet": {"name": "xlnet", "layers": 1, "width": 8, "heads": 2},
 }
+_OBJECTIVES = {"encoder": "masked_lm", "electra": "replaced_token_detection", "xlnet": "transformer_xl"}
+"""What each model is tried with, if the setting is not one of an objective; the others with causal_lm."""
 _AXES = ("data", "fsdp", "tensor", "sequence", "expert", "nothing", "")
 _DECIDE_DATA = ("source", "clean", "segment", "tokenizer", "cache", "workers")
 """Settings of data that the kinds above are about."""
@@ -235,7 +239,7 @@ def train(draw: Random, folder: Path) -> Case:
         value = draw.choices(_AXES, k=draw.randint(0, 3))
     values = json.loads((folder / "bad.yaml").read_text())
     model = spot.names.get(("model",)) or draw.choice(list(_MODELS))
-    objective = spot.names.get(("objective",)) or ("masked_lm" if model == "encoder" else "causal_lm")
+    objective = spot.names.get(("objective",)) or _OBJECTIVES.get(model, "causal_lm")
     values |= {"model": _MODELS[model], "objective": {"name": objective}}
     changed = _yaml.merge(_yaml.Document(values), _yaml.Document(spot.holding(value))).values
     (folder / "bad.yaml").write_bytes(_yaml.to_yaml(changed).encode("utf-8", "surrogatepass"))

@@ -12,8 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lmobj.models._layers import ACTIVATIONS, Activation, Embedding, Init, LayerNorm, Linear
+from lmobj.partition import constrain
 
 __all__ = ["HeadStyle", "PairHead", "SpanBoundaryHead"]
+
+_ROW_AXES = ("batch", "activation_embed")
+"""A vector for each row. Left alone, the partitioner may gather it to meet a matrix that is spread over `embed`."""
 
 
 class HeadStyle(NamedTuple):
@@ -43,11 +47,11 @@ class PairHead(nnx.Module):
 
     def pooled(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B D"]:
         """tanh(dense(hidden state of the first token))."""
-        return jnp.tanh(self.pooler(hidden[:, 0]))
+        return constrain(jnp.tanh(self.pooler(constrain(hidden[:, 0], _ROW_AXES))), _ROW_AXES)
 
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B C"]:
         """Logits of the classes."""
-        return self.classifier(self.pooled(hidden))
+        return constrain(self.classifier(self.pooled(hidden)), ("batch", None))
 
 
 class SpanBoundaryHead(nnx.Module):
