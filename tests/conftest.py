@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
+from collections.abc import Iterator
 
 # Nearly all of the tests' time is compiling programs that run once: leave out what only makes them faster.
 _FLAGS = (
@@ -17,6 +19,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+_MOST_MAPS = 40_000
+"""Memory mappings of a process before its compiled programs are let go. XLA's CPU backend maps each of them piece by
+piece, and at the kernel's limit (65,530 by default) loading one more ends in a segmentation fault."""
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs() -> Iterator[None]:
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
