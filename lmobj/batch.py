@@ -9,7 +9,7 @@ A batch is a dict of arrays with standard names, rows first:
     token_types   [B, L] int32   pairs, examples and stream_pairs: 0 for text A, 1 for text B (stream_pairs: 2 for CLS)
     pair_labels   [B]    int32   pairs and stream_pairs: 0 = B follows A, 1 = it does not (`RowSpec.pairing`)
     backward      [B]    bool    bidirectional streams only: the row reads its text from the end
-    word_starts   [B, L] bool    on request: the token begins a word
+    word_starts   [B, L] bool    on request: the token begins a word of the text, in whichever direction it is read
     token_bytes   [B, L] int32   on request: UTF-8 bytes that the token stands for (0 for special tokens)
     labels        [B]    int32   examples only, on request: class of the document
     scores        [B]    float32 examples only, on request: number that labels the document
@@ -47,8 +47,17 @@ class Vocabulary:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Every special id that this vocabulary has, ascending; corruption leaves these tokens alone."""
-        ids = (self.pad, self.unk, self.bos, self.eos, self.cls, self.sep, self.mask)
+        """Every special id that this vocabulary has, ascending."""
+        return self._given(self.pad, self.unk, self.bos, self.eos, self.cls, self.sep, self.mask)
+
+    @property
+    def control_ids(self) -> tuple[int, ...]:
+        """Ids of tokens that stand for no text, ascending: corruption leaves them alone. An unknown word is text, and
+        padding is told by segment 0, since a vocabulary without it has its id from the unknown word."""
+        return self._given(self.bos, self.eos, self.cls, self.sep, self.mask)
+
+    @staticmethod
+    def _given(*ids: int | None) -> tuple[int, ...]:
         return tuple(sorted({i for i in ids if i is not None}))
 
 

@@ -26,18 +26,34 @@ from lmobj.train.sharding import MeshConfig, make_mesh
 from tests.train.tiny_runs import experiment, write_corpus
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs" / "pretrain").glob("*.yaml"))
+BASES = ("albert_base", "bert_base", "decoder_1b", "electra_base", "gpt2_124m", "xlnet_base")
+"""One of each family. The other sizes are slow tests."""
+every_config = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            p, id=p.stem, marks=[pytest.mark.xdist_group(p.stem), *([] if p.stem in BASES else [pytest.mark.slow])]
+        )
+        for p in FILES
+    ],
+)
 DEVICES = 8
 DEVICE_BYTES = 80 * 2**30
 """Of the accelerators that the configs' microbatches are made for."""
 
 
-@functools.cache
-def planned(path: pathlib.Path) -> tuple[Design, Plan]:
-    """A config's design and plan on the mesh that it asks for."""
+def designed(path: pathlib.Path) -> Design:
+    """A config's design on the mesh that it asks for."""
     loaded = config.load(path)
     if getattr(loaded.model, "attention_backend", "xla") != "xla":
         loaded = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, attention_backend="xla"))
-    made = design(loaded, planned_vocabulary(loaded.data.tokenizer), mesh=make_mesh(loaded.train.mesh))
+    return design(loaded, planned_vocabulary(loaded.data.tokenizer), mesh=make_mesh(loaded.train.mesh))
+
+
+@functools.cache
+def planned(path: pathlib.Path) -> tuple[Design, Plan]:
+    """The design and what its compiled step takes."""
+    made = designed(path)
     return made, make_plan(made)
 
 
@@ -51,7 +67,7 @@ def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n > 1))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@every_config
 def test_a_config_compiles_from_shapes_and_fits(path: pathlib.Path) -> None:
     made, plan = planned(path)
     settings = made.config
@@ -67,7 +83,7 @@ def test_a_config_compiles_from_shapes_and_fits(path: pathlib.Path) -> None:
     assert plan.total < DEVICE_BYTES, f"raise train.accumulate of {path.name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@every_config
 def test_no_device_holds_what_the_mesh_divides(path: pathlib.Path) -> None:
     made, plan = planned(path)
     assert made.replicated == ()
@@ -102,7 +118,7 @@ def test_the_published_sizes() -> None:
     published |= {"electra_small": 14, "electra_base": 110, "electra_large": 335}
     for path in FILES:
         if path.stem in published:
-            made = planned(path)[0]
+            made = designed(path)
             params = made.abstract_state.params["model"]
             generator = [params[part] for part in ("generator", "generator_head") if part in params]
             counted = made.parameter_count - sum(x.size for x in jax.tree.leaves(generator))

@@ -64,6 +64,13 @@ EXPECTED = {
 }
 
 
+QUICK = ("causal_lm", "masked_lm", "mixture", "permutation_lm", "replaced_token_detection", "transformer_xl")
+"""One of each kind of objective and model. The others are slow tests."""
+every_config = pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else [pytest.mark.slow]) for p in FILES]
+)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Where the corpus that they share is prepared, once for all processes of the tests."""
@@ -75,7 +82,7 @@ def test_every_config_says_what_it_reaches() -> None:
     assert {path.stem for path in FILES} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@every_config
 def test_a_config_trains_resumes_and_evaluates(
     path: pathlib.Path, cache: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from lmobj.bench._labelled import Labelled, ProbeData, labelled_texts
 from lmobj.bench._plan import ArmPlan, plan_arm
 from lmobj.bench._probe import Scores, fit_and_score, majority, probe_model
 from lmobj.bench._probe_config import JsonLinesProbe, Probe, SwappedWordsProbe, TsvProbe, WhichDocumentProbe
+from lmobj.bench._reading import Reading
 from lmobj.bench._results import Results, Spread, markdown_table, spread
 from lmobj.bench._run import BenchResult, run
 
@@ -26,6 +27,7 @@ __all__ = [
     "Labelled",
     "Probe",
     "ProbeData",
+    "Reading",
     "Results",
     "Scores",
     "Spread",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lmobj import _yaml
 from lmobj.errors import UserError
 from lmobj.train.assemble import Assembly
 
@@ -22,34 +23,62 @@ def check_comparable(arms: Mapping[str, Assembly], metrics: Sequence[str]) -> No
 
     A loss is a number about the task that the objective sets itself: a masked LM's is over words with both sides in
     view, a discriminator's over a choice of two. Each can be made smaller by setting an easier task. So losses and
-    accuracies are compared between arms of one objective, on the same text, only.
+    accuracies are compared between arms of one objective, on the same text, only. Longer rows show more of the text
+    before a word, so that every metric is compared on rows of one length; and the loss is the sum of an objective's
+    terms, weighted alike.
 
     Raises:
-      UserError: naming the arms, their objectives, and what is accepted.
+      UserError: naming the arms, in what they differ, and what is accepted.
     """
     for metric in metrics:
         kind, _, name = metric.partition("/")
         if kind == "perf":
             continue
-        if kind == "eval" and name in _SAME_MEANING:
-            without = [arm for arm, run in arms.items() if run.objective.judged_by != name]
-            if without:
-                raise UserError(
-                    f"metrics has {metric}, which {_named(arms, without)} {_verb(without)} not measured by; accepted: "
-                    f"{metric} where every arm is (this benchmark's arms: {_named(arms, list(arms))}), or a probe."
-                )
-        elif any(run.objective != next(iter(arms.values())).objective for run in arms.values()):
-            raise UserError(
-                f"metrics has {metric}, and the arms have different objectives: {_named(arms, list(arms))}; losses and "
-                "accuracies of different tasks cannot be ranked against each other. Accepted: a probe, which scores "
-                "all of them on one task; perf/...; eval/bits_per_byte among causal objectives only; "
-                "eval/top5_accuracy among masked ones only."
-            )
+        _check_task(arms, metric, shared=kind == "eval" and name in _SAME_MEANING)
+        _check_same(arms, metric, "data.length", {arm: _flat(run)["data.length"] for arm, run in arms.items()})
+        _check_same(arms, metric, "the layout of rows", {arm: run.spec.layout for arm, run in arms.items()})
+        if name == "loss":
+            _check_same(arms, metric, "train.coefficients", {arm: _coefficients(run) for arm, run in arms.items()})
         if len({run.dataset.fingerprint for run in arms.values()}) > 1:
             raise UserError(
                 f"metrics has {metric}, and the arms read different data ({'; '.join(differing_data(arms))}); "
                 "accepted: arms with the same data.source, data.clean, data.tokenizer and shares, or a probe on files."
             )
+
+
+def _check_task(arms: Mapping[str, Assembly], metric: str, *, shared: bool) -> None:
+    """Refuses arms that do not all measure the metric, or if it is not `shared` by objectives, have different ones."""
+    name = metric.partition("/")[2]
+    without = [arm for arm, run in arms.items() if run.objective.judged_by != name]
+    if shared and without:
+        raise UserError(
+            f"metrics has {metric}, which {_named(arms, without)} {_verb(without)} not measured by; accepted: "
+            f"{metric} where every arm is (this benchmark's arms: {_named(arms, list(arms))}), or a probe."
+        )
+    if not shared and any(run.objective != next(iter(arms.values())).objective for run in arms.values()):
+        raise UserError(
+            f"metrics has {metric}, and the arms have different objectives: {_named(arms, list(arms))}; losses and "
+            "accuracies of different tasks cannot be ranked against each other. Accepted: a probe, which scores "
+            "all of them on one task; perf/...; eval/bits_per_byte among causal objectives only; "
+            "eval/top5_accuracy among masked ones only."
+        )
+
+
+def _check_same(arms: Mapping[str, Assembly], metric: str, key: str, values: Mapping[str, object]) -> None:
+    """Refuses arms that differ in a setting on which the metric depends."""
+    first, *others = values.values()
+    if any(other != first for other in others):
+        raise UserError(
+            f"metrics has {metric}, which depends on {key}, and that is "
+            f"{', '.join(f'{_yaml.show(values[arm])} in {arm}' for arm in arms)}; accepted: one {key} for all arms, "
+            "or a probe."
+        )
+
+
+def _coefficients(run: Assembly) -> dict[str, object]:
+    """Every term's coefficient, or its schedule's settings."""
+    given: Mapping[str, object] = run.identity["config"]["train"]["coefficients"]
+    return {**run.objective.coefficients, **given}
 
 
 def check_same_data(arms: Mapping[str, Assembly]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -34,6 +35,12 @@ class ProbeData:
 
     train: list[Labelled]
     test: list[Labelled]
+
+    @property
+    def digest(self) -> str:
+        """Equal where texts, labels and their order are."""
+        content = json.dumps([self.train, self.test]).encode()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def labelled_texts(probe: Probe, dataset: Dataset) -> ProbeData:

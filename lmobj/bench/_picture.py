@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from lmobj.bench._config import Budget, BudgetKind
-from lmobj.bench._results import Line, Results, spread
+from lmobj.bench._results import Line, Results, coverage, is_probed, spread, value_at
 from lmobj.train.report import BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 from lmobj.train.tracking import read_metrics
 
@@ -36,8 +36,7 @@ def draw_results(
     """
     colours = {arm: _COLOURS[index % len(_COLOURS)] for index, arm in enumerate(arms)}
     lines = {arm: results.of(arm) for arm in arms if results.of(arm)}
-    probed = any(line["probe"] for line in results.lines)
-    panels = ["probe"] * probed + list(metrics)
+    panels = ["probe"] * is_probed(results.lines, metrics) + list(metrics)
     # Text as paths, so that a picture in a README looks alike everywhere; no dates, so that equal results give equal
     # files.
     with matplotlib.rc_context({**STYLE, "svg.fonttype": "path"}):
@@ -62,19 +61,20 @@ def draw_results(
 
 def _draw_probe(axes: Axes, lines: Mapping[str, Sequence[Line]], colours: Mapping[str, str]) -> None:
     """Accuracy on the probe's test texts, beside that of the models before training and that of the majority class."""
-    _draw_points(axes, lines, {a: [line["probe"]["accuracy"] for line in each] for a, each in lines.items()}, colours)
-    for place, each in enumerate(lines.values()):
-        untrained = spread(line["probe"]["untrained"]["accuracy"] for line in each)
-        if untrained is not None:
-            axes.plot(place + 0.2, untrained.mean, "_", color=GREY, markersize=14, markeredgewidth=2,
-                      label="untrained" if place == 0 else None)  # fmt: skip
+    axes.set_title("Frozen-feature probe, accuracy")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.1f}%"))
+    accuracies = {arm: [value_at(line, "probe", "accuracy") for line in each] for arm, each in lines.items()}
+    _draw_points(axes, lines, accuracies, colours)
+    before = [spread(value_at(line, "probe", "untrained", "accuracy") for line in each) for each in lines.values()]
+    marks = [(place + 0.2, untrained.mean) for place, untrained in enumerate(before) if untrained is not None]
+    if not marks:  # all runs diverged
+        return
+    axes.plot(*zip(*marks, strict=True), "_", color=GREY, markersize=14, markeredgewidth=2, label="untrained")
     axes.legend(loc="best")
-    majority = next(line["probe"]["majority"]["accuracy"] for each in lines.values() for line in each)
+    majority = next(line["probe"]["majority"]["accuracy"] for each in lines.values() for line in each if line["probe"])
     axes.axhline(majority, color=GREY, linewidth=1.3, linestyle=(0, (4, 2)))
     axes.annotate("majority class", (0.01, majority), xycoords=axes.get_yaxis_transform(), xytext=(0, 3),
                   textcoords="offset points", color=GREY, fontsize=9)  # fmt: skip
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.1f}%"))
-    axes.set_title("Frozen-feature probe, accuracy")
 
 
 def _draw_metric(
@@ -88,8 +88,8 @@ def _draw_metric(
     """A metric against what was spent of the budget, where it was measured on the way; else at the end."""
     axes.set_title(metric)
     curves = {arm: _curve(folder, each, metric, kind) for arm, each in lines.items()}
+    finals = {arm: [value_at(line, "metrics", metric) for line in each] for arm, each in lines.items()}
     if all(len(curve) < 2 for curve in curves.values()):
-        finals = {arm: [line["metrics"].get(metric) for line in each] for arm, each in lines.items()}
         _draw_points(axes, lines, finals, colours)
         return
     for arm, curve in curves.items():
@@ -104,7 +104,7 @@ def _draw_metric(
             capsize=3,
             marker="o",
             markersize=4,
-            label=arm,
+            label=f"{arm} ({share})" if (share := coverage(finals[arm])) else arm,
         )
     axes.set_xlim(left=0)
     axes.set_xlabel(UNITS[kind])
@@ -112,9 +112,11 @@ def _draw_metric(
 
 
 def _curve(folder: Path, lines: Sequence[Line], metric: str, kind: BudgetKind) -> dict[float, list[float]]:
-    """What was spent until each evaluation -> the metric then with each seed."""
+    """What was spent until each evaluation -> the metric then with each seed that did not diverge later on."""
     points: dict[float, list[float]] = {}
     for line in lines:
+        if line["diverged"]:
+            continue
         spent = line["seconds"] if kind == "seconds" else line[kind]
         for entry in read_metrics(folder / line["run"] / "metrics.jsonl"):
             if metric in entry and spent is not None:
@@ -128,7 +130,10 @@ def _draw_points(
     values: Mapping[str, Sequence[float | None]],
     colours: Mapping[str, str],
 ) -> None:
-    """One column per arm: the seeds as small dots, beside them the mean with a bar of one standard deviation."""
+    """One column per arm: the seeds as small dots, beside them the mean with a bar of one standard deviation.
+
+    Below stands of how many runs it is, if not of all.
+    """
     for place, (arm, each) in enumerate(values.items()):
         found, shown = spread(each), [value for value in each if value is not None]
         if found is None:
@@ -138,7 +143,9 @@ def _draw_points(
             place, found.mean, yerr=found.deviation or 0.0, color=colours[arm], marker="o", markersize=8, capsize=6,
             linewidth=2,
         )  # fmt: skip
-    axes.set_xticks(range(len(lines)), [f"{arm}\n{each[0]['steps']:,} steps" for arm, each in lines.items()])
+    shares = [f"\n{share}" if (share := coverage(values[arm])) else "" for arm in lines]
+    names = [f"{arm}\n{each[0]['steps']:,} steps" for arm, each in lines.items()]
+    axes.set_xticks(range(len(lines)), [name + share for name, share in zip(names, shares, strict=True)])
     axes.set_xlim(-0.6, len(lines) - 0.4)
     axes.margins(y=0.15)
     axes.grid(visible=False, axis="x")

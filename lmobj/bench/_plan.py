@@ -40,6 +40,8 @@ class ArmPlan:
     parameters: int
     data: str
     """Fingerprint of the data."""
+    probe: str | None = None
+    """Digest of the probe's texts and labels; None without a probe."""
 
     def experiment(self, base: Experiment, *, name: str, run: str, seed: int) -> Experiment:
         """The arm's experiment with one seed, in a run folder of its own."""

@@ -1,8 +1,9 @@
 """The frozen-feature probe: what a linear classifier can read off a model's hidden states, the model left as it is.
 
-A text is read as the model has read documents in training, with the same special tokens around it. Its features are
-the mean over its tokens of the last layer's hidden states (or those of one token). They are standardised, and a
-logistic regression is fitted on them by scikit-learn, which is deterministic.
+A text is read as the model has read documents in training: with the same special tokens around it, the same view of
+what comes later, and token types where it had them. Its features are the mean over its tokens of the last layer's
+hidden states (or those of one token). They are standardised, and a logistic regression is fitted on them by
+scikit-learn, which is deterministic.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,18 +22,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from numpy.typing import NDArray
 
-from lmobj import masks
-from lmobj.batch import RowSpec
-from lmobj.bench._labelled import Labelled, ProbeData
+from lmobj import _yaml, masks
+from lmobj.bench._labelled import ProbeData
 from lmobj.bench._probe_config import Features, Probe
-from lmobj.data import Tokenizer
+from lmobj.bench._reading import Reading, TextRows, text_rows
 from lmobj.errors import UserError
-from lmobj.models import CachedModel
 
-__all__ = ["Scores", "fit_and_score", "majority", "probe_model", "text_rows"]
+__all__ = ["NotFinite", "Scores", "check_probe", "fit_and_score", "majority", "probe_model", "require_sklearn"]
 
-_MULTIPLE = 16
-"""Rows are as long as the longest text, rounded up to this."""
+
+class NotFinite(UserError):  # noqa: N818 - as `Halted`
+    """A model whose hidden states are not finite: it diverged, and there is nothing to probe."""
 
 
 @dataclass(frozen=True)
@@ -50,44 +50,67 @@ class Scores:
         return asdict(self)
 
 
-def probe_model(probe: Probe, data: ProbeData, *, model: Any, tokenizer: Tokenizer, rows: RowSpec) -> Scores:
-    """Scores a model.
-
-    Args:
-      probe: features and classifier.
-      data: the texts.
-      model: a language model; one that generates reads from left to right, any other sees both sides.
-      tokenizer: its tokenizer.
-      rows: the rows of its training: which special tokens stand around a text, and by default the most tokens.
+def probe_model(probe: Probe, data: ProbeData, model: Any, reading: Reading) -> Scores:
+    """Scores a language model.
 
     Raises:
       UserError: a model without hidden states, or texts that leave no room.
+      NotFinite: hidden states that are not finite.
     """
-    if not hasattr(model, "hidden"):
-        raise UserError(f"probe is given, and the model {type(model).__name__} has no hidden states; accepted: null.")
-    length = probe.length or rows.length
     features = [
-        _features(model, text_rows(part, tokenizer, rows, length), probe.features, probe.batch_size)
-        for part in (data.train, data.test)
+        _features(model, texts, reading, probe.features, probe.batch_size) for texts in _texts(probe, data, reading)
     ]
     labels = [[row.label for row in part] for part in (data.train, data.test)]
     return fit_and_score(features[0], labels[0], features[1], labels[1], probe.regularisation, probe.iterations)
+
+
+def check_probe(probe: Probe, data: ProbeData, model: Any, reading: Reading) -> None:
+    """Raises what `probe_model` would, before there is a trained model: of this one only shapes are read."""
+    graph, params = _split(model)
+    for texts in _texts(probe, data, reading):
+        batch = [jax.ShapeDtypeStruct((probe.batch_size, texts.tokens.shape[1]), jnp.int32)] * 3
+        read = functools.partial(_hidden_features, graph, probe.features, reading.causal, reading.typed)
+        try:
+            jax.eval_shape(read, params, *batch)
+        except UserError as error:
+            raise UserError(
+                f"probe.length is {_yaml.show(probe.length)}, and the model cannot read the probe's texts in rows of "
+                f"{texts.tokens.shape[1]} tokens: {error} Or accepted: a smaller probe.length."
+            ) from None
+
+
+def _texts(probe: Probe, data: ProbeData, reading: Reading) -> Iterator[TextRows]:
+    """The rows to fit on, then those to score on."""
+    for part in (data.train, data.test):
+        yield text_rows(part, reading.tokenizer, reading.rows, probe.length or reading.rows.length)
+
+
+def require_sklearn() -> None:
+    """Raises UserError if scikit-learn is missing."""
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"a probe needs scikit-learn ({error}); install it with `pip install scikit-learn`.") from None
 
 
 def fit_and_score(
     train: NDArray, train_labels: Sequence[str], test: NDArray, test_labels: Sequence[str],
     regularisation: float = 1.0, iterations: int = 1000,
 ) -> Scores:  # fmt: skip
-    """Fits on features [N, D] and scores on others. Raises UserError if scikit-learn is missing."""
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise UserError(f"a probe needs scikit-learn ({error}); install it with `pip install scikit-learn`.") from None
+    """Fits on features [N, D] and scores on others.
+
+    Raises:
+      UserError: scikit-learn is missing.
+      NotFinite: so it says.
+    """
+    require_sklearn()
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if not (np.isfinite(train).all() and np.isfinite(test).all()):
-        raise UserError("the model's hidden states are not all finite, so there is nothing to probe.")
+        raise NotFinite("the model's hidden states are not all finite, so there is nothing to probe.")
     regression = LogisticRegression(C=regularisation, max_iter=iterations)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is told in the scores
@@ -110,58 +133,24 @@ def _scores(labels: Sequence[str], guesses: Any, converged: bool = True) -> Scor
     return Scores(float(accuracy_score(list(labels), guesses)), float(f1), converged)
 
 
-@dataclass(frozen=True)
-class TextRows:
-    """Texts as rows: tokens [N, L], segments [N, L] (1, 0 where padded), types [N, L] (1 in second texts)."""
-
-    tokens: NDArray[np.int32]
-    segments: NDArray[np.int32]
-    types: NDArray[np.int32]
-
-
-def text_rows(texts: Sequence[Labelled], tokenizer: Tokenizer, rows: RowSpec, length: int) -> TextRows:
-    """Texts with the special tokens of `rows` around them, cut to `length`: of a pair the longer text first.
-
-    Raises:
-      UserError: `length` leaves no room for text.
-    """
-    paired = any(row.pair is not None for row in texts)
-    middle = rows.suffix[:1] if rows.layout == "stream_pairs" else rows.suffix  # A SEP B SEP CLS
-    room = length - len(rows.prefix) - len(rows.suffix) - len(middle) * paired
-    if room < 2:
-        raise UserError(f"probe.length is {length}, which leaves {room} tokens for text; accepted: more.")
-    firsts = tokenizer.encode_batch([row.text for row in texts])
-    seconds = tokenizer.encode_batch([row.pair or "" for row in texts])
-    lines, types = [], []
-    for first, second in zip(firsts, seconds, strict=True):
-        longest = max(room - len(second), room // 2)  # of the first, where both are too long
-        first = first[: longest if paired else room]
-        second = second[: room - len(first)]
-        opening = [*rows.prefix, *first, *(middle if paired else ())]
-        closing = [*(second if paired else ()), *rows.suffix]
-        lines.append([*opening, *closing])
-        types.append([0] * len(opening) + [int(paired)] * len(closing))
-    width = max(len(line) for line in lines)
-    width = min(length, -(-width // _MULTIPLE) * _MULTIPLE)
-    shape = (len(lines), width)
-    found = TextRows(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32))
-    for index, (line, kind) in enumerate(zip(lines, types, strict=True)):
-        found.tokens[index, : len(line)] = line
-        found.segments[index, : len(line)] = 1
-        found.types[index, : len(line)] = kind
-    return found
-
-
-def _features(model: Any, texts: TextRows, features: Features, batch_size: int) -> NDArray[np.float32]:
-    """[N, D] of the texts, a batch at a time; the last batch is filled with padding so that all have one shape."""
+def _split(model: Any) -> tuple[nnx.GraphDef, Any]:
+    if not hasattr(model, "hidden"):
+        raise UserError(f"probe is given, and the model {type(model).__name__} has no hidden states; accepted: null.")
     graph, params = nnx.split(model)
+    return graph, params
+
+
+def _features(
+    model: Any, texts: TextRows, reading: Reading, features: Features, batch_size: int
+) -> NDArray[np.float32]:
+    """[N, D] of the texts, a batch at a time; the last batch is filled with padding so that all have one shape."""
+    graph, params = _split(model)
     count = len(texts.tokens)
-    causal, typed = isinstance(model, CachedModel), bool(texts.types.any()) and not isinstance(model, CachedModel)
     found = []
     for start in range(0, count, batch_size):
         part = [x[start : start + batch_size] for x in (texts.tokens, texts.segments, texts.types)]
         part = [np.pad(x, ((0, batch_size - len(x)), (0, 0))) for x in part]
-        found.append(np.asarray(_hidden_features(graph, features, causal, typed, params, *part)))
+        found.append(np.asarray(_hidden_features(graph, features, reading.causal, reading.typed, params, *part)))
     return np.concatenate(found)[:count]
 
 

@@ -43,9 +43,12 @@ class Progress:
     def done(self, line: Line) -> None:
         """The run that began last is finished."""
         took = time.monotonic() - self._started
-        self._seconds += took
-        self._work += self._cost(line["arm"])
         found = [] if line["probe"] is None else [f"probe accuracy {line['probe']['accuracy']:.1%}"]
+        if line["diverged"]:
+            found = ["diverged, and is left out of the means"]
+        else:  # one that ended early says nothing about how long the others take
+            self._seconds += took
+            self._work += self._cost(line["arm"])
         self._say("  " + ", ".join([*found, f"took {_clock(took)}"]) + ".")
 
     def _cost(self, arm: str) -> float:

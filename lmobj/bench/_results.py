@@ -17,7 +17,7 @@ from lmobj.train.storage import write_atomically
 __all__ = ["Results", "Spread", "markdown_table", "spread", "table"]
 
 Line = dict[str, Any]
-"""One arm with one seed; see `_run.finished_line` for its keys."""
+"""One arm with one seed; see `_line` for its keys."""
 
 
 class Results:
@@ -54,7 +54,7 @@ def _read(path: Path) -> list[Line]:
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
-            line["arm"], line["seed"], line["metrics"], line["probe"]
+            line["arm"], line["seed"], line["diverged"], line["metrics"], line["probe"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}:{number} is damaged ({type(error).__name__}: {error}); remove the line, and its arm is "
@@ -62,6 +62,19 @@ def _read(path: Path) -> list[Line]:
             ) from None
         lines.append(line)
     return lines
+
+
+def value_at(line: Line, *keys: str) -> float | None:
+    """A number under nested keys; None where there is none, as in all of a run that diverged."""
+    found: Any = line
+    for key in keys:
+        found = None if found is None else found.get(key)
+    return found
+
+
+def is_probed(lines: Iterable[Line], metrics: Sequence[str]) -> bool:
+    """Whether there is a probe: a benchmark has one if no metrics, even where no run lasted until it was probed."""
+    return not metrics or any(line["probe"] for line in lines)
 
 
 def _finite(value: Any) -> Any:
@@ -96,6 +109,12 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(statistics.fmean(numbers), deviation, len(numbers))
 
 
+def coverage(values: Sequence[float | None]) -> str:
+    """`2 of 3` where some of the values are no numbers; nothing where all are."""
+    count = sum(value is not None for value in values)
+    return "" if count == len(values) else f"{count} of {len(values)}"
+
+
 SCORES = {"accuracy": "probe accuracy %", "macro_f1": "probe macro F1 %"}
 
 
@@ -104,9 +123,10 @@ def table(
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one row per arm, in the order given, and one for the majority class where there is a probe.
 
-    `untrained` is the probe's accuracy on each arm's model as it was before the first step.
+    `untrained` is the probe's accuracy on each arm's model as it was before the first step. Means leave out the runs
+    that have no such number, and say so: `1.05 ± 0.07 (2 of 3)`.
     """
-    probed = any(line["probe"] for line in results.lines)
+    probed = is_probed(results.lines, metrics)
     scores = SCORES if probed else {}
     untrained = ["untrained %"] * probed
     header = [
@@ -126,19 +146,20 @@ def table(
         lines = results.of(arm)
         if not lines:
             continue
-        row = [arm, str(len(lines))]
+        diverged = sum(line["diverged"] for line in lines)
+        row = [arm, f"{len(lines)}{f' ({diverged} diverged)' * bool(diverged)}"]
         for score in scores:
-            row.append(_show(spread(line["probe"][score] for line in lines), percent=True))
+            row.append(_show([value_at(line, "probe", score) for line in lines], percent=True))
         if probed:
-            row.append(_show(spread(line["probe"]["untrained"]["accuracy"] for line in lines), percent=True))
+            row.append(_show([value_at(line, "probe", "untrained", "accuracy") for line in lines], percent=True))
         for metric in metrics:
-            row.append(_show(spread(line["metrics"].get(metric) for line in lines)))
+            row.append(_show([value_at(line, "metrics", metric) for line in lines]))
         first = lines[0]
         seconds = spread(line["seconds"] for line in lines)
         row += [f"{first['steps']:,}", _short(first["tokens"]), _short(first["flops"]), _short(first["flops_formula"])]
         rows.append([*row, "" if seconds is None else f"{seconds.mean:.0f}"])
-    if probed:
-        guess = next(line["probe"]["majority"] for line in results.lines if line["probe"])
+    guess = next((line["probe"]["majority"] for line in results.lines if line["probe"]), None)
+    if guess is not None:
         blank = [""] * (len(header) - 2 - len(scores))
         rows.append(["majority class", "", *(f"{100 * guess[score]:.1f}" for score in scores), *blank])
     return header, rows
@@ -150,8 +171,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _show(value: Spread | None, percent: bool = False) -> str:
-    return "" if value is None else value.show(percent)
+def _show(values: Sequence[float | None], percent: bool = False) -> str:
+    """The spread of the numbers among the values, and of how many it is, if not of all."""
+    found, share = spread(values), coverage(values)
+    return " ".join([*([] if found is None else [found.show(percent)]), *([f"({share})"] if share else [])])
 
 
 def _short(value: float) -> str:

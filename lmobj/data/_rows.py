@@ -158,8 +158,7 @@ class Rows:
         """By the tokenizer's rule, but for text whose words were found when it was prepared. The first token of such a
         fragment begins a word too: it comes after a special token, or is the first of its segment.
 
-        The rule is one of text read forwards. Read backwards, a token begins a word where it is first in its row or
-        segment, or where the one just read, which comes after it in the text, begins one.
+        Rows that read their text backwards say the same of their tokens: which begin a word of the text.
         """
         starts = self._tokenizer.word_starts(_turned(tokens, backward), _turned(segments, backward))
         starts = _turned(starts, backward)
@@ -171,9 +170,7 @@ class Rows:
                 flat = starts.reshape(-1)
                 flat[_spread(text, at.length, way)] = store.word_starts(at.document, at.offset, at.length)
                 flat[text[at.length > 0]] = True
-        read_before = np.ones_like(starts)
-        read_before[:, 1:] = starts[:, :-1] | (segments[:, 1:] != segments[:, :-1])
-        return np.where(backward[:, None], read_before, starts)
+        return starts
 
 
 class _Steps:

@@ -102,7 +102,7 @@ def config_to_hf(config: DecoderConfig, vocab: Vocabulary) -> dict[str, Any]:
         "attn_pdrop": config.attention_dropout,
         "embd_pdrop": config.embedding_dropout,
         "initializer_range": config.init_std,
-        "pad_token_id": vocab.pad,
+        "pad_token_id": None,  # GPT-2 has none, and generation would hide every token with this id from itself
         "bos_token_id": vocab.bos,
         "eos_token_id": vocab.eos,
     }

@@ -149,9 +149,9 @@ class Electra(nnx.Module):
             if config.sharing in ("none", "gradient_disentangled")
             else None
         )
-        self.generator = None if config.sharing == "all" else Trunk(generator, rngs)
+        self.generator = None if config.sharing == "all" else Trunk(generator, rngs, glorot_uniform())
         self.generator_head = MaskedLMHead(generator, vocab, rngs)
-        self.discriminator = Trunk(discriminator, rngs)
+        self.discriminator = Trunk(discriminator, rngs, glorot_uniform())
         self.discriminator_head = DiscriminatorHead(discriminator.head_style, rngs)
 
     @property

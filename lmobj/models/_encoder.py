@@ -188,12 +188,13 @@ class Embeddings(nnx.Module):
 class Trunk(nnx.Module):
     """What follows the embeddings: a projection where they are narrower, the blocks, and with pre-norm a last norm."""
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, projection_init: Init | None = None) -> None:
         style, spec = config.head_style, config._block_spec()
+        projecting = style._replace(init=projection_init or style.init)
         narrow = config.embedding_width or config.width
         self.config = config
         self.spec = spec
-        self.projection = None if narrow == config.width else style.dense(narrow, config.width, rngs)
+        self.projection = None if narrow == config.width else projecting.dense(narrow, config.width, rngs)
         self.stack = Stack(spec, init=style.init, out_init=style.init, rngs=rngs)
         self.final_norm = make_norm(spec) if config.pre_norm else None
 

@@ -23,7 +23,7 @@ from lmobj.noise._permutation import (
     permute_tokens,
     span_targets,
 )
-from lmobj.noise._replaced_tokens import ReplacedTokens, mask_tokens_electra, replace_tokens, replacement_count
+from lmobj.noise._replaced_tokens import ReplacedTokens, mask_tokens_electra, replace_tokens
 from lmobj.noise._spans import MaskedSpans, mask_spans, span_budget
 from lmobj.noise._whole_words import mask_whole_words
 
@@ -48,7 +48,6 @@ __all__ = [
     "permute_tokens",
     "prediction_count",
     "replace_tokens",
-    "replacement_count",
     "span_budget",
     "span_targets",
 ]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj.errors import UserError
 from lmobj.noise._masking import MaskedTokens, gather_selected, selection_scores
@@ -36,19 +36,19 @@ class PermutationRanks(NamedTuple):
 
 
 class PermutedTokens(NamedTuple):
-    """The order of a row and the at most K tokens to predict, in order of position; unused slots come last, all 0."""
+    """The order of a row and the at most K tokens to predict, in order of position; unused slots come last."""
 
     query_rank: Int[Array, " L"]
     key_rank: Int[Array, " L"]
     """As in `PermutationRanks`."""
     positions: Int[Array, " K"]
-    """Where the predicted tokens are; int32."""
+    """Where the predicted tokens are; int32, 0 in unused slots."""
     targets: Int[Array, " K"]
     """The tokens at `positions`."""
-    weights: Int[Array, " K"]
+    weights: Float[Array, " K"]
     """1 for a prediction, 0 for an unused slot; float32."""
     prediction_rank: Int[Array, " K"]
-    """`query_rank` of the predictions, for the mask of K gathered queries."""
+    """`query_rank` at `positions`, for the mask of K gathered queries."""
 
 
 def permute_tokens(
@@ -65,6 +65,7 @@ def permute_tokens(
     mask_alpha: int = 6,
     mask_beta: int = 1,
     whole_words: bool = False,
+    backward: Bool[Array, ""] | bool = False,
 ) -> PermutedTokens:
     """Draws targets and an order for each half of a row, and gathers the targets.
 
@@ -82,6 +83,7 @@ def permute_tokens(
       reuse: tokens in the first half; 0 for a row that is one half.
       perm_size: tokens in a block of the order (`permutation_ranks`).
       max_span, mask_alpha, mask_beta, whole_words: as for `span_targets`.
+      backward: the row reads its text from the end. Each half is turned for its spans to be placed in reading order.
 
     Raises:
       UserError: as `check_permutation`.
@@ -94,9 +96,11 @@ def permute_tokens(
     starts = word_starts | functional
 
     def draw(number: Int[Array, ""], starts: Bool[Array, " N"], filled: Array, count: Array) -> Bool[Array, " N"]:
-        return span_targets(
+        index = jnp.arange(longest, dtype=jnp.int32)
+        turned = jnp.where(jnp.asarray(backward) & (index < filled), filled - 1 - index, index)  # its own inverse
+        targets = span_targets(
             jax.random.fold_in(target_key, number),
-            starts,
+            starts[turned],
             length=filled,
             num_predictions=count,
             max_span=max_span,
@@ -104,6 +108,7 @@ def permute_tokens(
             mask_beta=mask_beta,
             whole_words=whole_words,
         )
+        return targets[turned]
 
     number, begin, end, count = (jnp.asarray(column, jnp.int32) for column in zip(*halves, strict=True))
     filled = jnp.clip(jnp.asarray(length, jnp.int32) - begin, 0, end - begin)

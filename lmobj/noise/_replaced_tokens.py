@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj.noise._masking import MaskedTokens, check_masking, mask_tokens, masked_count
 
-__all__ = ["ReplacedTokens", "mask_tokens_electra", "replace_tokens", "replacement_count"]
+__all__ = ["ReplacedTokens", "mask_tokens_electra", "replace_tokens"]
 
 
 class ReplacedTokens(NamedTuple):
@@ -24,14 +24,6 @@ class ReplacedTokens(NamedTuple):
     """The row with samples in the place of the selected tokens."""
     replaced: Bool[Array, " L"]
     """True where a selected token's sample is another token; False where it is the original one, and elsewhere."""
-
-
-def replacement_count(length: int, mask_rate: float = 0.15) -> int:
-    """ELECTRA's number of slots for rows of `length` tokens: int((mask_rate + 0.005) * length), at least 1.
-
-    19 for 128 tokens at 0.15, 79 for 512, and 130 for 512 at 0.25.
-    """
-    return max(1, int((mask_rate + 0.005) * length))
 
 
 def mask_tokens_electra(
@@ -59,7 +51,7 @@ def mask_tokens_electra(
       tokens: the row.
       candidates: True for tokens that may be drawn; False for special tokens and padding.
       length: tokens in the row that are not padding, special tokens included.
-      num_predictions: K, the number of slots (static); `replacement_count(L, mask_rate)` in the authors' code.
+      num_predictions: K, the number of slots (static); int((mask_rate + 0.005) * L) in the authors' code.
       mask_id: id of the mask token.
       mask_rate: share of `length` to draw, in (0, 1] (static).
       mask_share: probability that a slot masks its token.

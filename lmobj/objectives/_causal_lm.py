@@ -41,6 +41,7 @@ class CausalLM(Objective):
 
     summary: ClassVar[str] = "Predict each token from those before it (GPT)."
     paper: ClassVar[str] = "Radford et al. 2018, Improving Language Understanding by Generative Pre-Training"
+    causal: ClassVar[bool] = True
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["causal_lm"] = "causal_lm"

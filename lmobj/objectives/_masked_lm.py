@@ -26,7 +26,7 @@ from lmobj.models import LanguageModel
 from lmobj.objectives._objective import Context, Example, Models, Objective, Terms
 from lmobj.objectives._tokens import hidden_states, token_terms
 
-__all__ = ["MaskedLM", "check_shares", "maskable", "masked_rows", "masked_terms"]
+__all__ = ["MaskedLM", "check_room", "check_shares", "maskable", "masked_rows", "masked_terms"]
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,16 @@ class MaskedLM(Objective):
     `accuracy`. What a word is: `data.segment.words`.
 
     Deviations from the reference code: masks are drawn anew at every step instead of ten static copies; the count of
-    a packed row is taken over the row, not over each document in it; special tokens are never selected, though
-    RoBERTa's code selects those at the ends.
+    a packed row is taken over the row with the special tokens of all its documents, so that many short documents lose
+    more of their words than one long one; special tokens are never selected, though RoBERTa's code selects those at
+    the ends.
     """
 
     summary: ClassVar[str] = "Predict masked tokens from both sides (BERT, RoBERTa, ALBERT)."
     paper: ClassVar[str] = "Devlin et al. 2019, BERT: Pre-training of Deep Bidirectional Transformers"
     epsilon: ClassVar[dict[str, float]] = {"nll": 1e-5}
     judged_by: ClassVar[Literal["top5_accuracy"]] = "top5_accuracy"
+    fills_masks: ClassVar[bool] = True
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["masked_lm"] = "masked_lm"
@@ -79,14 +81,23 @@ class MaskedLM(Objective):
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] document [SEP], packed or single; refuses a vocabulary without [MASK] and rows with nothing to mask."""
-        spec = masked_rows(self.name, vocab, self.layout, length, self.mask_rate, self._predictions(length))
-        visible = length - len(spec.prefix) - len(spec.suffix)
-        if self.max_ngram is not None and self.max_ngram > visible:
+        spec = masked_rows(self.name, vocab, self.layout, length)
+        self.check_room(length, len(spec.prefix) + len(spec.suffix))
+        return dataclasses.replace(spec, fields=self.row_fields)
+
+    @property
+    def row_fields(self) -> tuple[str, ...]:
+        """What it reads of rows beside their tokens."""
+        return ("word_starts",) if self._reads_words else ()
+
+    def check_room(self, length: int, specials: int) -> None:
+        """Refuses rows of `length` tokens, `specials` of them special, that have nothing to mask or to read."""
+        check_room(self.mask_rate, self._predictions(length), length, specials)
+        if self.max_ngram is not None and self.max_ngram > length - specials:
             raise UserError(
-                f"objective.max_ngram is {self.max_ngram}, and a row of data.length {length} has {visible} ordinary "
-                f"tokens; accepted: 1 to {visible}."
+                f"objective.max_ngram is {self.max_ngram}, and a row of data.length {length} has {length - specials} "
+                f"ordinary tokens; accepted: 1 to {length - specials}."
             )
-        return dataclasses.replace(spec, fields=("word_starts",) if self._reads_words else ())
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """Masks each row by its own key; special tokens and padding are never selected."""
@@ -157,26 +168,28 @@ def check_shares(mask_rate: float, mask_share: float, random_share: float) -> No
         )
 
 
-def masked_rows(
-    name: str, vocab: Vocabulary, layout: Literal["packed", "single"], length: int, mask_rate: float, predictions: int
-) -> RowSpec:
-    """[CLS] document [SEP]; refuses a vocabulary without [MASK] and rows with nothing to mask or to read."""
+def masked_rows(name: str, vocab: Vocabulary, layout: Literal["packed", "single"], length: int) -> RowSpec:
+    """[CLS] document [SEP]; refuses a vocabulary without [MASK]."""
     if vocab.mask is None:
         raise UserError(f"objective {name} needs a [MASK] token and the vocabulary has none; set a tokenizer with one.")
     prefix = () if vocab.cls is None else (vocab.cls,)
     suffix = () if vocab.sep is None else (vocab.sep,)
-    visible = length - len(prefix) - len(suffix)
+    return RowSpec(layout, length, prefix=prefix, suffix=suffix)
+
+
+def check_room(mask_rate: float, predictions: int, length: int, specials: int) -> None:
+    """Refuses rows of `length` tokens, `specials` of them special, with nothing to mask or to read."""
+    visible = length - specials
     if visible < 2 or predictions >= visible:
         raise UserError(
             f"objective.mask_rate {mask_rate} selects {predictions} of the {max(visible, 0)} ordinary tokens "
             f"in a row of data.length {length} and leaves none to read; lower objective.mask_rate or raise data.length."
         )
-    return RowSpec(layout, length, prefix=prefix, suffix=suffix)
 
 
 def maskable(batch: Batch, vocab: Vocabulary) -> Bool[Array, "B L"]:
-    """The tokens that may be masked: neither padding nor special."""
-    return (batch["segment_ids"] > 0) & ~_isin(batch["tokens"], vocab.special_ids)
+    """The tokens that may be masked: all that stand for text, unknown words included."""
+    return (batch["segment_ids"] > 0) & ~_isin(batch["tokens"], vocab.control_ids)
 
 
 def masked_terms(model: LanguageModel, hidden: Float[Array, "B L D"], example: Example) -> Terms:
@@ -185,4 +198,4 @@ def masked_terms(model: LanguageModel, hidden: Float[Array, "B L D"], example: E
 
 
 def _isin(tokens: Int[Array, "B L"], ids: tuple[int, ...]) -> Bool[Array, "B L"]:
-    return functools.reduce(jnp.logical_or, (tokens == i for i in ids))
+    return functools.reduce(jnp.logical_or, (tokens == i for i in ids), jnp.zeros_like(tokens, bool))

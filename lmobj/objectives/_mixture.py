@@ -2,7 +2,7 @@
 
     sum:      L = sum_m w_m L_m                          every member on a batch of its own, at every step
     sample:   L = sum_m p_m L_m,  p_m = w_m / sum w      every row of a batch belongs to one member
-    with uncertainty weighting, w_m exp(-s_m) in place of w_m, and + sum_m s_m / 2, with trained s_m
+    with uncertainty weighting, L_m exp(-s_m) in place of L_m, and + sum_m s_m / 2, with trained s_m
 
 where L_m is the loss of member m: all of its terms, each with its own global denominator.
 
@@ -138,6 +138,16 @@ class Mixture(Objective):
         kinds = _prefixed({name: objective.term_kinds for name, objective in self.objectives.items()})
         return kinds | ({_UNCERTAINTY: TermKind.PARAMETER} if self.weighting == "uncertainty" else {})
 
+    @property
+    def causal(self) -> bool:
+        """Whether all members are."""
+        return all(objective.causal for objective in self.objectives.values())
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether any member does."""
+        return any(objective.fills_masks for objective in self.objectives.values())
+
     def check_classes(self, names: Sequence[str]) -> None:
         """Each member looks at the classes of the data."""
         for name, objective in self.objectives.items():
@@ -214,7 +224,7 @@ class Mixture(Objective):
         return each | ({_UNCERTAINTY: jnp.ones(())} if self.weighting == "uncertainty" else {})
 
     def terms(self, models: Models, example: Mapping[str, Example], carried: Any, ctx: Context) -> Terms:  # type: ignore[override]
-        """Each member's terms; with uncertainty weighting times exp(-s), beside the sum of s / 2."""
+        """Each member's terms; with uncertainty weighting times exp(-s), in metrics too, and the sum of s / 2."""
         each = {
             name: objective.terms(_models_of(models, name), example[name], carried[name], _context_of(ctx, name))
             for name, objective in self.objectives.items()
@@ -225,13 +235,18 @@ class Mixture(Objective):
         if self.weighting == "uncertainty":
             log_variance = ctx.params[_UNCERTAINTY]
             sums = {
-                name: {term: jnp.exp(-log_variance[name]) * value for term, value in own.items()}
+                name: {term: _precision(log_variance[name]) * value for term, value in own.items()}
                 for name, own in sums.items()
             }
             more[_UNCERTAINTY] = sum(log_variance.values()) / 2
             one = jnp.ones(())
             metrics = {name: own | {"log_variance": (log_variance[name], one)} for name, own in metrics.items()}
         return Terms(_prefixed(sums) | more, _prefixed(metrics), {name: one.carried for name, one in each.items()})
+
+
+def _precision(log_variance: Float[Array, ""]) -> Float[Array, ""]:
+    """What a member's loss is multiplied by: 1 / sigma^2, of s = log sigma^2."""
+    return jnp.exp(-log_variance)
 
 
 class _Heads(nnx.Module):

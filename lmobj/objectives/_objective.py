@@ -160,6 +160,16 @@ class Objective:
         or `top5_accuracy` on masked words, beside a unigram."""
         return "loss"
 
+    @property
+    def causal(self) -> bool:
+        """Whether hidden states are trained to see earlier tokens alone; otherwise they see both sides."""
+        return False
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether the vocabulary head is trained to tell what a [MASK] in the row stands for."""
+        return False
+
     def rows(self, vocab: Vocabulary, length: int) -> Rows:
         """The rows this objective reads for model inputs of `length` tokens. Raises UserError when it cannot."""
         raise NotImplementedError

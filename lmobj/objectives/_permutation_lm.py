@@ -106,8 +106,9 @@ class PermutationLM(Objective):
         )
         functional = (tokens == ctx.vocab.sep) | (tokens == ctx.vocab.cls)
         lengths = jnp.sum(segments, axis=1)
-        permuted = jax.vmap(lambda key, *row, length: permute(key, *row, length=length))(
-            keys, tokens, functional, batch["word_starts"], length=lengths
+        backward = batch.get("backward", lengths < 0)
+        permuted = jax.vmap(lambda key, *row, length, backward: permute(key, *row, length=length, backward=backward))(
+            keys, tokens, functional, batch["word_starts"], length=lengths, backward=backward
         )
         return Example(
             inputs=tokens,
@@ -132,7 +133,7 @@ class PermutationLM(Objective):
             memory=carried,
             token_types=example.token_types,
             backward=example.extra.get("backward"),
-            reuse=self._sizes(example.inputs.shape[1])[0],
+            reuse=self._sizes(example.inputs.shape[1])[0] or None,
             dropout=ctx.dropout,
         )
         return token_terms(model, hidden, example, memory)

@@ -23,7 +23,7 @@ from lmobj import losses, masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import GeneratorDiscriminator
-from lmobj.objectives._masked_lm import maskable, masked_rows
+from lmobj.objectives._masked_lm import check_room, maskable, masked_rows
 from lmobj.objectives._objective import Context, Example, Metric, Models, Objective, Terms, token_metrics
 from lmobj.objectives._tokens import head_stats
 
@@ -45,6 +45,8 @@ class ReplacedTokenDetection(Objective):
     1 - `replaced` is what naming no token reaches; `disc_precision` and `disc_recall` of the tokens that were replaced.
 
     Deviations from the reference code: the count of a packed row is taken over the row, not over each document in it;
+    no row has a slot less than round(mask_rate * length), where the reference has int((mask_rate + 0.005) * length) of
+    them, which takes one from some rows of fewer than 100 tokens and from them alone;
     where a token is drawn twice, the first sample is taken (see `noise.replace_tokens`); `disallow_correct` excludes
     the true token, where the reference lowers its logit by 1000.
     """
@@ -62,7 +64,7 @@ class ReplacedTokenDetection(Objective):
     mask_rate: float = 0.15
     """Share of a row's tokens that is drawn, in (0, 1); 0.25 for ELECTRA large."""
     max_predictions: int | None = None
-    """Most tokens drawn in a row, at least 1; by default int((mask_rate + 0.005) * length), as in the reference."""
+    """Most tokens drawn in a row, at least 1; by default as many as `mask_rate` asks for."""
     mask_share: float = 0.85
     """Probability that a drawn token is masked for the generator; otherwise it sees the token."""
     replacement: bool = True
@@ -86,7 +88,9 @@ class ReplacedTokenDetection(Objective):
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] document [SEP], packed or single; refuses a vocabulary without [MASK] and rows with nothing to see."""
-        return masked_rows(self.name, vocab, self.layout, length, self.mask_rate, self._predictions(length))
+        spec = masked_rows(self.name, vocab, self.layout, length)
+        check_room(self.mask_rate, self._predictions(length), length, len(spec.prefix) + len(spec.suffix))
+        return spec
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """The generator's rows, each masked by its own key; special tokens and padding are never drawn."""
@@ -167,7 +171,7 @@ class ReplacedTokenDetection(Objective):
 
     def _predictions(self, length: int) -> int:
         """K: slots of a row of `length` tokens."""
-        return self.max_predictions or noise.replacement_count(length, self.mask_rate)
+        return self.max_predictions or noise.prediction_count(length, self.mask_rate)
 
 
 def _detection_metrics(

@@ -25,7 +25,7 @@ from lmobj import masks
 from lmobj.batch import Batch, Pairing, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
-from lmobj.objectives._masked_lm import MaskedLM, masked_terms
+from lmobj.objectives._masked_lm import MaskedLM, masked_rows, masked_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role, Terms
 from lmobj.objectives._row_classes import class_sums, row_specials, row_weights
 from lmobj.objectives._tokens import hidden_states
@@ -68,6 +68,11 @@ class _SentencePairs(Objective):
         """Masked LM's; the pairs have none."""
         return {} if self.masked_lm is None else self.masked_lm.epsilon
 
+    @property
+    def fills_masks(self) -> bool:
+        """With masked LM."""
+        return self.masked_lm is not None
+
     def build_heads(self, style: HeadStyle, vocab: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
         """BERT's pooler and two classes."""
         return PairHead(style, 2, rngs)
@@ -77,8 +82,10 @@ class _SentencePairs(Objective):
         prefix, suffix = row_specials(self.name, vocab)
         fields: tuple[str, ...] = ()
         if self.masked_lm is not None:
+            fields = self.masked_lm.row_fields
             try:
-                fields = self.masked_lm.rows(vocab, length).fields
+                masked_rows(self.masked_lm.name, vocab, self.masked_lm.layout, length)
+                self.masked_lm.check_room(length, len(prefix) + 2 * len(suffix))
             except UserError as error:
                 raise UserError(f"objective.masked_lm: {error}") from error
         return RowSpec("pairs", length, prefix, suffix, fields, pairing=self.PAIRING, short_rate=self.short_rate)

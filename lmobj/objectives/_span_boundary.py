@@ -23,7 +23,7 @@ from lmobj import losses, masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, SpanBoundaryHead
-from lmobj.objectives._masked_lm import check_shares, maskable, masked_rows, masked_terms
+from lmobj.objectives._masked_lm import check_room, check_shares, maskable, masked_rows, masked_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, ObjectiveState, Role, Terms
 from lmobj.objectives._tokens import head_stats, hidden_states
 
@@ -50,6 +50,7 @@ class SpanBoundary(Objective):
     coefficients: ClassVar[Mapping[str, float]] = {"nll": 1.0, "sbo": 1.0}
     epsilon: ClassVar[Mapping[str, float]] = {"sbo": 1.0}
     judged_by: ClassVar[Literal["top5_accuracy"]] = "top5_accuracy"
+    fills_masks: ClassVar[bool] = True
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["span_boundary"] = "span_boundary"
@@ -86,9 +87,8 @@ class SpanBoundary(Objective):
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] document [SEP], single or packed; refuses what masked LM does, and spans longer than a row."""
         specials = (vocab.cls is not None) + (vocab.sep is not None)
-        spec = masked_rows(
-            self.name, vocab, self.layout, length, self.mask_rate, noise.span_budget(length - specials, self.mask_rate)
-        )
+        spec = masked_rows(self.name, vocab, self.layout, length)
+        check_room(self.mask_rate, noise.span_budget(length - specials, self.mask_rate), length, specials)
         if self.max_span > length - specials:
             raise UserError(
                 f"objective.max_span is {self.max_span} words, and a row of data.length {length} has "

@@ -28,12 +28,15 @@ class TransformerXL(Objective):
     """Causal LM whose rows go on where the rows of the batch before ended, and see what the model remembers of them.
 
     A row is one text: attention and targets run on from document to document, as an end-of-sequence token after each,
-    where the vocabulary has one, tells. The last token of a row predicts nothing, because its target is in the next
-    row. Metrics: `nll`, `accuracy` and `bits_per_byte`, as for causal_lm.
+    where the vocabulary has one, tells. Metrics: `nll`, `accuracy` and `bits_per_byte`, as for causal_lm.
+
+    Deviation from the paper: the last token of a row predicts nothing, because its target is in the next row, so that
+    one token in `data.length` is never a target, and figures are of the others.
     """
 
     summary: ClassVar[str] = "Predict each token from those before it, with memory of earlier rows (Transformer-XL)."
     paper: ClassVar[str] = "Dai et al. 2019, Transformer-XL: Attentive Language Models beyond a Fixed-Length Context"
+    causal: ClassVar[bool] = True
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["transformer_xl"] = "transformer_xl"

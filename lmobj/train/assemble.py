@@ -103,6 +103,14 @@ class Design:
         """Trainable parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
 
+    @property
+    def applied_parameter_count(self) -> int:
+        """Trainable parameters as often as a token meets them: those of shared layers count once for each layer."""
+        model = self.config.model
+        turns = model.layers if getattr(model, "share_layers", False) else 1  # type: ignore[attr-defined]
+        leaves = jax.tree_util.tree_leaves_with_path(self.abstract_state.params)
+        return sum(leaf.size * (turns if "blocks" in jax.tree_util.keystr(path) else 1) for path, leaf in leaves)
+
     def initial_state(self) -> State:
         """The state at step 0, made under jit so that no device ever holds a whole large parameter.
 

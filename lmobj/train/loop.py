@@ -171,7 +171,7 @@ def _tracker(run: Assembly, folder: RunFolder, *, start: int, quiet: bool) -> Tr
         start=start,
         total=settings.steps,
         tokens_per_step=run.tokens_per_step,
-        flops_per_token=6 * run.parameter_count,
+        flops_per_token=6 * run.applied_parameter_count,
         quiet=quiet,
         sinks=list(_sinks(run, folder, start, quiet=quiet)) if distributed.is_first() else (),
     )

@@ -7,6 +7,7 @@ denominators. Any split into microbatches or devices therefore gives the gradien
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lmobj.batch import Batch, Vocabulary
 from lmobj.errors import UserError
@@ -121,7 +122,8 @@ class Program:
     def train_step(self, state: State, frozen: Params, batch: Batch) -> tuple[State, StepMetrics]:
         """One global batch: prepare, then one or more updates. Metrics are (sum, weight) pairs.
 
-        Updates that the guard finds bad change nothing; the batch counts as consumed all the same. `skipped` is the
+        Updates that the guard finds bad change nothing; the batch counts as consumed all the same, and what the
+        objective carries goes on from it where it is finite. `skipped` is the
         number of such updates in the whole run, and the verdict on this step's first bad one is under `GUARD`, beside
         the number of updates that the optimizer had made before the step.
         """
@@ -206,8 +208,10 @@ class Program:
         ema = () if self.ema is None else self.ema.update(state.ema, params, self._updates_made(state, update))
         norm = optax.tree.norm(grads)
         good, guard, verdict = judge(self.guard, state.guard, metrics["loss"][0], norm)
+        carried = select(_all_finite(carried), carried, state.objective.carried)
+        kept = state._replace(objective=state.objective._replace(carried=carried))
         changed = State(state.step, params, opt_state, ObjectiveState(own, carried), guard, ema)
-        state = select(good, changed, state)._replace(guard=guard)
+        state = select(good, changed, kept)._replace(guard=guard)
         return state, {**metrics, "grad_norm": (norm, jnp.ones(()))}, verdict
 
 
@@ -222,6 +226,10 @@ def _trained(params: Params, own: Any) -> Params:
 def _untrained(trained: Params, own: Any) -> tuple[Params, Any]:
     """Undoes `_trained`; `own` is what the objective has, which is not among the trained where it has no arrays."""
     return {role: value for role, value in trained.items() if role != _OWN}, trained.get(_OWN, own)
+
+
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    return functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)), jnp.bool_(True))
 
 
 def _split_rows(x: Array, parts: int) -> Array:

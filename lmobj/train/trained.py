@@ -25,7 +25,6 @@ from lmobj.evaluate import (
     continue_text,
     fill_text,
 )
-from lmobj.models import CachedModel
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly, Experiment, assemble
 from lmobj.train.checkpoint import Checkpoints
@@ -90,13 +89,14 @@ class TrainedRun:
 
     def fill_text(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:
         """The text with each [MASK] filled, and the k best guesses for each."""
-        model = self.model
-        if isinstance(model, CachedModel):
+        objective = self.assembly.objective
+        if not objective.fills_masks:
             raise UserError(
-                f"the model of this run is a {type(model).__name__}, which reads from left to right and cannot see "
-                "what follows a mask; accepted: a run of a masked language model, such as objective.name=masked_lm."
+                f"the objective of this run is {getattr(objective, 'name', type(objective).__name__)}, which does not "
+                "teach a model to fill masks; accepted: a run of a masked language model, such as "
+                "objective.name=masked_lm."
             )
-        return fill_text(model, self.tokenizer, text, k)
+        return fill_text(self.model, self.tokenizer, text, k)
 
 
 def open_run(config: Experiment, *, best: bool = False, quiet: bool = False) -> TrainedRun:

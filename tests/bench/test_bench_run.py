@@ -6,21 +6,26 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import sys
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 import tiny_runs
 import yaml
 from tiny_runs import metric_lines
 
 from lmobj import _settings, _yaml, bench
-from lmobj.bench import _run
+from lmobj.batch import RowSpec
+from lmobj.bench import Labelled, ProbeData, SwappedWordsProbe, _prepare, _run
 from lmobj.bench._compare import check_comparable, check_same_data
 from lmobj.bench._plan import ArmPlan, plan_arm
+from lmobj.bench._probe import NotFinite
 from lmobj.cli import main
 from lmobj.errors import UserError
 from lmobj.objectives import CausalLM, MaskedLM
-from lmobj.train import assemble
+from lmobj.train import Halted, assemble
 from lmobj.train.tracking import Tracker, read_metrics
 
 _ROWS, _STEPS = 4, 6
@@ -116,7 +121,7 @@ def test_after_a_kill_it_goes_on_to_the_same_end(
     finished = (folder / "arms/clm/seed_0/report.html").stat().st_mtime_ns
     killed_after.clear()
     plans = json.loads((folder / "plan.json").read_text())
-    monkeypatch.setattr(_run, "plan_arm", lambda *_: pytest.fail("the plan is there"))
+    monkeypatch.setattr(_prepare, "plan_arm", lambda *_: pytest.fail("the plan is there"))
     result = bench.run(benchmark)
     out = capsys.readouterr().out
     assert "1 of 2 runs are finished already." in out
@@ -173,16 +178,72 @@ def test_changed_data_is_refused(corpus: pathlib.Path, tmp_path: pathlib.Path, w
         bench.run(_benchmark(corpus, folder), quiet=True)
 
 
+def test_changed_texts_of_the_probe_are_refused(
+    corpus: pathlib.Path, tmp_path: pathlib.Path, whole: bench.BenchResult
+) -> None:
+    benchmark = _benchmark(corpus, shutil.copytree(whole.folder, tmp_path / "copy"))
+    labelled = pathlib.Path(benchmark.probe.train[0])  # type: ignore[union-attr]
+    labelled.write_text(labelled.read_text().replace("river 2\t0", "river 2\t1"))
+    with pytest.raises(UserError, match=r"the texts or labels of the probe have changed: .* was begun with"):
+        bench.run(benchmark, quiet=True)
+
+
+# --- runs that diverge --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_is_written_down_and_the_others_go_on(
+    corpus: pathlib.Path, tmp_path: pathlib.Path, whole: bench.BenchResult, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    benchmark = _benchmark(corpus, shutil.copytree(whole.folder, tmp_path / "copy"))
+    (tmp_path / "copy/results.jsonl").unlink()
+    trained: list[str] = []
+
+    def fit(experiment: Any, **_: Any) -> Any:
+        trained.append(experiment.name)
+        if experiment.name == "tiny-clm":
+            raise Halted("Step 5 halted the run")
+        return SimpleNamespace(assembly=SimpleNamespace(dataset=SimpleNamespace(fingerprint=whole.lines[0]["data"])))
+
+    def finished_line(*_: Any) -> Any:
+        raise NotFinite("hidden states are not finite")
+
+    monkeypatch.setattr(_run, "fit", fit)
+    monkeypatch.setattr(_run, "finished_line", finished_line)
+    result = bench.run(benchmark)
+    assert trained == ["tiny-clm", "tiny-mlm"]
+    for line, undisturbed in zip(result.lines, whole.lines, strict=True):
+        assert (line["diverged"], line["metrics"], line["probe"], line["seconds"]) == (True, None, None, None)
+        same = ("arm", "seed", "objective", "model", "steps", "flops", "data", "run")
+        assert [line[key] for key in same] == [undisturbed[key] for key in same]
+        assert undisturbed["diverged"] is False
+    out = capsys.readouterr().out
+    assert "Step 5 halted the run" in out
+    assert "hidden states are not finite" in out
+    assert out.count("diverged, and is left out of the means") == 2
+    assert "| clm | 1 (1 diverged) | (0 of 1) |" in (result.folder / "results.md").read_text()
+    bench.run(benchmark, quiet=True)
+    assert len(trained) == 2, "what diverged is not trained again"
+
+
 # --- what may be compared -----------------------------------------------------------------------------------------
 
 
 class _Arm:
     """As much of an `Assembly` as comparisons read."""
 
-    def __init__(self, objective: Any, fingerprint: str = "f", **data: Any) -> None:
+    def __init__(
+        self, objective: Any, fingerprint: str = "f", coefficients: dict[str, Any] | None = None, **data: Any
+    ) -> None:
         self.objective = objective
         self.dataset = dataclasses.make_dataclass("Data", ["fingerprint"])(fingerprint)
-        self.identity = {"config": {"data": {"length": 16, "source": {"files": ["a"]}, **data}}}
+        self.spec = RowSpec(getattr(objective, "layout", "packed"), 16)
+        self.identity = {
+            "config": {
+                "data": {"length": 16, "source": {"files": ["a"]}, **data},
+                "train": {"coefficients": coefficients or {}},
+            }
+        }
 
 
 _CLM, _MLM = _Arm(CausalLM()), _Arm(MaskedLM())
@@ -213,6 +274,40 @@ def test_metrics_that_mean_the_same_are_compared() -> None:
         check_comparable({"a": _CLM, "b": other}, ["eval/bits_per_byte"])  # type: ignore[dict-item]
 
 
+def test_metrics_are_compared_on_rows_of_one_length_and_layout() -> None:
+    shorter: Any = {"a": _CLM, "b": _Arm(CausalLM(), length=8)}
+    with pytest.raises(UserError, match=r"eval/bits_per_byte, which depends on data.length, .* 16 in a, 8 in b"):
+        check_comparable(shorter, ["eval/bits_per_byte"])
+    check_comparable(shorter, ["perf/tokens_per_second"])
+    single: Any = {"a": _MLM, "b": _Arm(MaskedLM(layout="single"))}
+    with pytest.raises(UserError, match=r'eval/top5_accuracy, .* layout of rows, .* "packed" in a, "single" in b'):
+        check_comparable(single, ["eval/top5_accuracy"])
+
+
+@pytest.mark.parametrize("metric", ["eval/loss", "train/loss"])
+def test_losses_are_compared_where_their_terms_weigh_alike(metric: str) -> None:
+    arms: Any = {"a": _MLM, "b": _Arm(MaskedLM(), coefficients={"nll": 0.5})}
+    with pytest.raises(UserError, match=r"train.coefficients, .* \{nll: 1.0\} in a, \{nll: 0.5\} in b"):
+        check_comparable(arms, [metric])
+    check_comparable(arms, ["eval/nll"])
+    check_comparable(arms | {"b": _Arm(MaskedLM(), coefficients={"nll": 1})}, [metric])
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_the_texts_of_the_probe_must_be_the_same_in_all_arms(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def labelled_texts(probe: Any, dataset: Any) -> ProbeData:
+        rows = {"train": [Labelled("x", None, "1")], "test": [Labelled("y", None, "1")]}
+        return ProbeData(**{**rows, part: [Labelled(dataset.fingerprint, None, "1")]})
+
+    monkeypatch.setattr(_prepare, "labelled_texts", labelled_texts)
+    benchmark: Any = SimpleNamespace(probe=SwappedWordsProbe())
+    arms: Any = {"a": _CLM, "b": _Arm(CausalLM(), "g", source={"files": ["b"]})}
+    with pytest.raises(UserError, match=r"probe.name is swapped_words.*different data \(data.source.files: \['a'\] in"):
+        _prepare._probe_texts(benchmark, arms)
+    texts = _prepare._probe_texts(benchmark, {"a": arms["a"], "b": _MLM})  # type: ignore[dict-item]
+    assert texts == labelled_texts(None, _CLM.dataset)
+
+
 def test_arms_with_the_same_settings_must_read_the_same_data() -> None:
     check_same_data({"a": _CLM, "b": _MLM, "c": _Arm(CausalLM(), length=8)})  # type: ignore[dict-item]
     check_same_data({"a": _CLM, "b": _Arm(CausalLM(), "g", source={"files": ["b"]})})  # type: ignore[dict-item]
@@ -224,6 +319,55 @@ def test_a_benchmark_refuses_to_rank_losses_before_it_trains(corpus: pathlib.Pat
     with pytest.raises(UserError, match="cannot be ranked against each other"):
         bench.run(_benchmark(corpus, tmp_path / "losses", metrics=["eval/loss"]), quiet=True)
     assert not (tmp_path / "losses" / "arms").exists()
+
+
+# --- what cannot work ---------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_work_is_told_before_training_and_leaves_the_folder_free(
+    corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(arm: str, run: Any, budget: bench.Budget) -> ArmPlan:
+        return ArmPlan(_STEPS, 64, 1, 1.0, None, 1, run.dataset.fingerprint)
+
+    def begin(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(_prepare, "plan_arm", plan)
+    monkeypatch.setattr(_run, "fit", begin)
+    folder = tmp_path / "free"
+    arms = _benchmark(corpus, folder).arms
+    schedule = {"optimizer": {"schedule": {"name": "constant", "peak": 1e-3, "warmup_steps": 50}}}
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"{'the old river ' * 20}\tthe quick fox\t{i % 2}\n" for i in range(10)))
+    probe = {"name": "tsv", "train": [str(pairs)], "pair": 1, "label": 2}
+    for changes, message in (
+        ({"arms": {**arms, "mlm": {**arms["mlm"], "train": schedule}}},
+         r"arm mlm, for 6 steps of which budget.tokens pays: .*warmup_steps is 50, longer than the 6 steps"),
+        ({"probe": {**probe, "length": 64}},
+         r"arm clm: probe.length is 64, .* rows of 64 tokens: model.max_length is 32"),
+        ({"probe": {**probe, "length": 4}},
+         r"arm mlm: probe.length is 4, which leaves 1 tokens for text; accepted: 5 or more"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            bench.run(_benchmark(corpus, folder, **changes), quiet=True)
+        assert not list(folder.iterdir())
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sklearn", None)
+        with pytest.raises(UserError, match="a probe needs scikit-learn"):
+            bench.run(_benchmark(corpus, folder), quiet=True)
+    with pytest.raises(Killed):
+        bench.run(_benchmark(corpus, folder), quiet=True)
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "plan.json"}
+
+
+def test_a_benchmark_is_one_process(
+    corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"one of 2 processes.*accepted: 1 process"):
+        bench.run(_benchmark(corpus, tmp_path / "two"), quiet=True)
+    assert not (tmp_path / "two").exists()
 
 
 # --- plans --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tiny_runs import experiment
 from lmobj.bench import formula_flops, matmul_flops, step_flops
 from lmobj.errors import UserError
 from lmobj.losses import linear_token_nll
+from lmobj.models import EncoderConfig
 from lmobj.train.assemble import Design, design
 from lmobj.train.plan import planned_vocabulary
 from lmobj.train.sharding import MeshConfig
@@ -186,3 +188,16 @@ def test_the_formula_is_that_of_palm() -> None:
     parameters = (_TABLE + 32) * _WIDTH + _LAYERS * layer + 2 * _WIDTH
     assert parts.parameter_count == parameters
     assert formula_flops(parts) == (6 * parameters + 12 * _LAYERS * _WIDTH * _LENGTH) * tokens
+
+
+def test_shared_layers_are_met_once_for_each_layer() -> None:
+    albert: Any = EncoderConfig(layers=3, width=16, heads=2, max_length=16, share_layers=True)
+    config = experiment(pathlib.Path("unread.txt"), "unwritten", "masked_lm")
+    config = dataclasses.replace(config, model=albert)  # type: ignore[type-var]
+    shared, apart = (
+        design(dataclasses.replace(config, model=model), planned_vocabulary(config.data.tokenizer))
+        for model in (albert, dataclasses.replace(albert, share_layers=False))
+    )
+    assert shared.parameter_count < apart.parameter_count
+    assert shared.applied_parameter_count == apart.applied_parameter_count == apart.parameter_count
+    assert formula_flops(shared) == formula_flops(apart)

@@ -7,12 +7,15 @@ import math
 import pathlib
 import statistics
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lmobj import masks
 from lmobj.batch import RowSpec, Vocabulary
@@ -20,6 +23,7 @@ from lmobj.bench import (
     Budget,
     Labelled,
     ProbeData,
+    Reading,
     Results,
     TsvProbe,
     fit_and_score,
@@ -29,10 +33,20 @@ from lmobj.bench import (
     spread,
 )
 from lmobj.bench._picture import draw_results
-from lmobj.bench._probe import _features, text_rows
+from lmobj.bench._probe import NotFinite, _features
+from lmobj.bench._reading import text_rows
 from lmobj.bench._results import table
 from lmobj.errors import UserError
-from lmobj.models import DecoderConfig, EncoderConfig
+from lmobj.models import EncoderConfig
+from lmobj.objectives import (
+    CausalLM,
+    MaskedLM,
+    Member,
+    Mixture,
+    NextSentencePrediction,
+    PermutationLM,
+    TransformerXL,
+)
 
 _CLS, _SEP = 1, 2
 
@@ -47,6 +61,10 @@ class Letters:
 _LETTERS: Any = Letters()
 _PACKED = RowSpec("packed", 16, prefix=(_CLS,), suffix=(_SEP,))
 _XLNET = RowSpec("stream_pairs", 16, suffix=(_SEP, _CLS), reuse=4)
+
+
+def _reading(spec: RowSpec = _PACKED, *, causal: bool = False) -> Reading:
+    return Reading(_LETTERS, spec, causal)
 
 
 def _rows(*texts: Any, spec: RowSpec = _PACKED, length: int = 16) -> Any:
@@ -64,11 +82,14 @@ def test_a_text_stands_between_the_tokens_of_its_training() -> None:
     assert not rows.types.any()
     decoder = _rows("abc", spec=RowSpec("packed", 16, suffix=(9,)))
     assert decoder.tokens[0, :5].tolist() == [3, 4, 5, 9, 0]
+    xlnet = _rows("abc", spec=_XLNET)
+    assert xlnet.tokens[0, :6].tolist() == [3, 4, 5, _SEP, _CLS, 0]
+    assert xlnet.types[0, :6].tolist() == [0, 0, 0, 0, 2, 0]
 
 
 def test_long_texts_are_cut_and_keep_their_ends() -> None:
     assert _rows("a" * 40, length=8).tokens[0].tolist() == [_CLS, *[3] * 6, _SEP]
-    with pytest.raises(UserError, match=r"probe.length is 3.*leaves 1 tokens"):
+    with pytest.raises(UserError, match=r"probe.length is 3, which leaves 1 tokens for text; accepted: 4 or more"):
         _rows("abc", length=3)
 
 
@@ -77,8 +98,8 @@ def test_long_texts_are_cut_and_keep_their_ends() -> None:
     [
         # BERT: [CLS] A [SEP] B [SEP]
         (_PACKED, "ab", [_CLS, 3, 4, _SEP, 5, _SEP], [0, 0, 0, 0, 1, 1]),
-        # XLNet: A SEP B SEP CLS
-        (_XLNET, "ab", [3, 4, _SEP, 5, _SEP, _CLS], [0, 0, 0, 1, 1, 1]),
+        # XLNet: A SEP B SEP CLS, of which CLS has a type of its own
+        (_XLNET, "ab", [3, 4, _SEP, 5, _SEP, _CLS], [0, 0, 0, 1, 1, 2]),
         # GPT: A eos B eos
         (RowSpec("packed", 16, suffix=(9,)), "a", [3, 9, 5, 9], [0, 0, 1, 1]),
     ],
@@ -109,7 +130,7 @@ def encoder() -> Any:
 @pytest.mark.parametrize("features", ["mean", "first", "last"])
 def test_features_are_those_of_each_text_alone(encoder: Any, features: Any) -> None:
     texts = ["abc", "abcdefgh", "z" * 11]
-    found = _features(encoder, _rows(*texts), features, batch_size=2)  # two batches, the second half empty
+    found = _features(encoder, _rows(*texts), _reading(), features, batch_size=2)  # two batches, the second half empty
     for text, feature in zip(texts, found, strict=True):
         tokens = jnp.array([[_CLS, *_LETTERS.encode_batch([text])[0], _SEP]])
         hidden = encoder.hidden(tokens, mask=masks.bidirectional())[0]
@@ -117,11 +138,42 @@ def test_features_are_those_of_each_text_alone(encoder: Any, features: Any) -> N
         np.testing.assert_allclose(feature, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_models_that_generate_read_from_left_to_right(encoder: Any) -> None:
-    decoder = DecoderConfig(layers=1, width=8, heads=2, max_length=32).build(Vocabulary(40), nnx.Rngs(0))
-    for model, sees_ahead in ((decoder, False), (encoder, True)):
-        first, second = _features(model, _rows("abc", "abd"), "first", batch_size=2)
-        assert (np.abs(first - second).max() > 1e-6) == sees_ahead
+def test_a_text_is_read_in_the_direction_of_training(encoder: Any) -> None:
+    for causal in (False, True):
+        first, second = _features(encoder, _rows("abc", "abd"), _reading(causal=causal), "first", batch_size=2)
+        assert (np.abs(first - second).max() > 1e-6) == (not causal)
+
+
+class _Witness(nnx.Module):
+    """A model whose hidden states say how it was asked to read: the type of each token (-1: none given), and whether
+    the mask is causal."""
+
+    def hidden(self, tokens: Any, *, mask: Any, token_types: Any = None) -> Any:
+        types = jnp.full(tokens.shape, -1) if token_types is None else token_types
+        return jnp.stack([types, jnp.full(tokens.shape, mask.causal)], -1).astype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("objective", "last"),
+    [
+        (CausalLM(), [-1, 1]),
+        (CausalLM(loss_on="completion"), [-1, 1]),  # its rows of two texts have types, which it does not read
+        (TransformerXL(), [-1, 1]),  # on an XLNet, which could see both sides
+        (Mixture(members={"a": Member(CausalLM())}), [-1, 1]),
+        (Mixture(members={"a": Member(MaskedLM()), "b": Member(CausalLM())}), [-1, 0]),
+        (MaskedLM(), [-1, 0]),
+        (PermutationLM(), [2, 0]),
+        (NextSentencePrediction(), [0, 0]),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_masks_and_types_are_those_of_the_objective(objective: Any, last: list[int]) -> None:
+    rows = objective.rows(Vocabulary(40, cls=_CLS, sep=_SEP, mask=3, eos=4), 32)
+    spec = rows if isinstance(rows, RowSpec) else next(iter(rows.values()))
+    run: Any = SimpleNamespace(dataset=SimpleNamespace(tokenizer=_LETTERS), spec=spec, objective=objective)
+    reading = Reading.of(run)
+    texts = text_rows([Labelled("abc", None, "x")], _LETTERS, spec, 16)
+    assert _features(_Witness(), texts, reading, "last", batch_size=1).tolist() == [last]
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
@@ -161,7 +213,7 @@ def test_the_majority_class_by_hand() -> None:
 
 def test_hidden_states_that_are_not_finite_are_refused() -> None:
     features = np.full((4, 2), np.nan)
-    with pytest.raises(UserError, match="not all finite"):
+    with pytest.raises(NotFinite, match="not all finite"):
         fit_and_score(features, list("abab"), features, list("abab"))
 
 
@@ -173,7 +225,7 @@ def test_a_probe_reads_a_class_off_a_model(encoder: Any) -> None:
         return [Labelled("z" * (i % 2) + word, None, f"{i % 2}") for i, word in enumerate(words)]
 
     data = ProbeData(some(80), some(40))
-    scores = probe_model(TsvProbe(train=("x",)), data, model=encoder, tokenizer=_LETTERS, rows=_PACKED)
+    scores = probe_model(TsvProbe(train=("x",)), data, encoder, _reading())
     assert scores.accuracy > 0.9, "one class has a letter that the other never has"
 
 
@@ -184,10 +236,15 @@ def _line(arm: str, seed: int, accuracy: float, **changes: Any) -> dict[str, Any
     scores = {"accuracy": accuracy, "macro_f1": accuracy / 2}
     return {
         "arm": arm, "seed": seed, "steps": 1200, "tokens": 1.2e6, "flops": 2.5e12, "flops_formula": 3.14159e12,
-        "seconds": 10.0 + seed, "metrics": {"eval/bits_per_byte": 2.0 + seed}, "run": f"arms/{arm}/seed_{seed}",
+        "diverged": False, "seconds": 10.0 + seed, "metrics": {"eval/bits_per_byte": 2.0 + seed},
+        "run": f"arms/{arm}/seed_{seed}",
         "probe": {**scores, "untrained": {"accuracy": 0.5}, "majority": {"accuracy": 0.25, "macro_f1": 0.1}},
         **changes,
     }  # fmt: skip
+
+
+def _diverged(arm: str, seed: int) -> dict[str, Any]:
+    return _line(arm, seed, 0.0, diverged=True, seconds=None, metrics=None, probe=None)
 
 
 @pytest.fixture
@@ -216,6 +273,23 @@ def test_the_table_has_means_and_deviations_over_seeds(results: Results) -> None
     lines = markdown_table(header, rows).splitlines()
     assert {line.count("|") for line in lines} == {len(header) + 1}
     assert lines[1].startswith("| --- | ---: |")
+
+
+def test_seeds_that_failed_are_told_beside_the_mean(tmp_path: pathlib.Path) -> None:
+    results = Results(tmp_path / "results.jsonl", (0, 1, 2))
+    for line in (_line("one", 0, 0.6), _diverged("one", 1), _line("one", 2, 0.8, metrics={})):
+        results.add(line)
+    results.add(_diverged("two", 0))
+    header, rows = table(results, ["one", "two"], ["eval/bits_per_byte"], Budget(tokens=1))
+    one, two, guess = (dict(zip(header, row, strict=True)) for row in rows)
+    # Of 60 and 80: mean 70, deviation sqrt(100 + 100). Bits per byte are there with seed 0 alone: 2.
+    assert (one["n"], two["n"]) == ("3 (1 diverged)", "1 (1 diverged)")
+    assert one["probe accuracy %"] == "70.0 ± 14.1 (2 of 3)"
+    assert one["untrained %"] == "50.0 ± 0.0 (2 of 3)"
+    assert one["eval/bits_per_byte"] == "2.0000 (1 of 3)"
+    assert (one["seconds"], two["seconds"]) == ("11", "")
+    assert (two["probe accuracy %"], two["steps"]) == ("(0 of 1)", "1,200")
+    assert guess["arm"] == "majority class"
 
 
 def test_the_spread_leaves_out_what_is_no_number() -> None:
@@ -254,9 +328,42 @@ def test_a_picture_is_drawn_with_error_bars_and_curves(results: Results, tmp_pat
     assert paths[0].read_bytes() == paths[2].read_bytes(), "equal results, equal files"
 
 
-def test_error_bars_are_deviations(results: Results, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
+def test_a_picture_tells_of_seeds_that_failed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
 
+    def read(self: Figure, *_: Any, **__: Any) -> None:
+        for axes in self.axes:
+            legend = axes.get_legend()
+            texts.extend(label.get_text() for label in axes.get_xticklabels())
+            texts.extend(text.get_text() for text in (legend.get_texts() if legend else ()))
+
+    monkeypatch.setattr(Figure, "savefig", read)
+    results = Results(tmp_path / "results.jsonl", (0, 1))
+    results.add(_diverged("one", 0))
+    draw_results(results, tmp_path, ["one"], [], Budget(flops=1.0), [tmp_path / "a.png"])
+    assert texts == ["one\n1,200 steps\n0 of 1"], "a panel for the probe, though nothing was probed"
+    texts.clear()
+    results.add(_line("one", 1, 0.5))
+    for line, values in zip(results.lines, ((9.0, 9.0), (2.0, 1.0)), strict=True):
+        folder = tmp_path / line["run"]
+        folder.mkdir(parents=True)
+        entries = [{"step": step, "eval/bits_per_byte": value} for step, value in zip((600, 1200), values, strict=True)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    drawn = _record_error_bars(monkeypatch)
+    draw_results(results, tmp_path, ["one"], ["eval/bits_per_byte"], Budget(flops=1.0), [tmp_path / "a.png"])
+    assert "one\n1,200 steps\n1 of 2" in texts
+    assert "one (1 of 2)" in texts
+    assert drawn[1] == ([2.0, 1.0], [0.0, 0.0]), "the curve is that of the seed which came to its end"
+
+
+def test_error_bars_are_deviations(results: Results, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = _record_error_bars(monkeypatch)
+    draw_results(results, tmp_path, ["one", "two"], [], Budget(flops=2.5e12), [tmp_path / "a.png"])
+    np.testing.assert_allclose(drawn, [(0.7, 0.1), (0.5, 0.0)], rtol=1e-12)
+
+
+def _record_error_bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """(values, deviations) of each call that draws some."""
     drawn: list[tuple[Any, Any]] = []
     errorbar = Axes.errorbar
 
@@ -265,5 +372,4 @@ def test_error_bars_are_deviations(results: Results, tmp_path: pathlib.Path, mon
         return errorbar(self, x, y, yerr=yerr, **kwargs)
 
     monkeypatch.setattr(Axes, "errorbar", record)
-    draw_results(results, tmp_path, ["one", "two"], [], Budget(flops=2.5e12), [tmp_path / "a.png"])
-    np.testing.assert_allclose(drawn, [(0.7, 0.1), (0.5, 0.0)], rtol=1e-12)
+    return drawn

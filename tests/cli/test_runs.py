@@ -251,7 +251,7 @@ def test_bad_files_of_examples_are_named(capsys: Captured, tmp_path: pathlib.Pat
         (["generate", "causal", "--prompt", "a", "--beam", "2", "--seed", "1"], ["--seed is 1", "--beam"]),
         (["generate", "causal", "--prompt", "a", "--length-penalty", "1"], ["--length-penalty is 1.0", "with --beam"]),
         (["generate", "masked", "--prompt", "a"], ["Encoder", "causal models"]),
-        (["fill", "causal", "a [MASK]"], ["GRULanguageModel", "reads from left to right"]),
+        (["fill", "causal", "a [MASK]"], ["objective of this run is causal_lm", "fill masks"]),
         (["fill", "masked", "no mask"], ["has no [MASK]"]),
         (["fill", "masked", "a [MASK]", "--top", "0"], ["k is 0"]),
         (["train", "causal.yaml"], ["'causal', which already exists", "lmobj resume causal"]),

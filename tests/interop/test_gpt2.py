@@ -133,6 +133,8 @@ def test_round_trip_from_tensors(gpt2_tensors: dict[str, np.ndarray], tmp_path: 
     vocab = Vocabulary(VOCAB, bos=3, eos=4)
     gpt2.save(tmp_path / "new", gpt2.to_lmobj(gpt2_tensors, CONFIG), CONFIG, vocab)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
+    settings = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert settings["pad_token_id"] is None  # or else generation there would not see token 0
     written = safetensors.numpy.load_file(tmp_path / "new" / "model.safetensors")
     assert written.keys() == gpt2_tensors.keys()
     for name, tensor in gpt2_tensors.items():

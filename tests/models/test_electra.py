@@ -172,6 +172,15 @@ def test_the_discriminators_last_layer_begins_glorot_uniform() -> None:
     assert head.dense.kernel[...].std() == pytest.approx(0.02 * 0.8796, rel=0.01)
 
 
+def test_the_projections_of_the_embeddings_begin_glorot_uniform() -> None:
+    config = ElectraConfig(layers=1, width=256, heads=4, embedding_width=128, generator_fraction=0.25, max_length=8)
+    model = config.build(Vocabulary(16), nnx.Rngs(0))
+    for trunk, into, out in ((model.discriminator, 128, 256), (model.generator, 128, 64)):
+        kernel, bound = np.asarray(trunk.projection.kernel[...]), np.sqrt(6 / (into + out))
+        assert kernel.shape == (into, out)
+        assert 0.99 * bound < np.abs(kernel).max() <= bound
+
+
 SMALL = {"layers": 12, "width": 256, "heads": 4, "embedding_width": 128, "generator_fraction": 0.25}
 BASE: dict[str, Any] = {}
 LARGE = {"layers": 24, "width": 1024, "heads": 16, "generator_fraction": 0.25}

@@ -63,28 +63,28 @@ class Case:
     variant: bool = False
 
     def models(self, dtype: str) -> tuple[dict[str, nnx.GraphDef], dict[str, Any]]:
-        """(graphs, params) of every role, initialised and moved off the initial zeros and ones."""
+        """(graphs, params) of every role. Parameters are drawn on the host, which compiles nothing, and none begins at
+        zero or one, so that a lost gradient shows."""
         graphs, params = {}, {}
-        for i, (role, builder) in enumerate(self.builders.items()):
-            config = dataclasses.replace(builder, dtype=dtype, param_dtype="float32" if dtype == "bfloat16" else dtype)
-            built = {role: config.build(VOCAB, nnx.Rngs(params=i))}
-            if "heads" in self.objective.roles and role == "model":
-                style = built[role].head_style
-                built["heads"] = self.objective.build_heads(style, VOCAB, nnx.Rngs(params=100))
-            for name, module in built.items():
-                graphs[name], state = nnx.split(module)
-                params[name] = jax.tree.map(_stir, nnx.to_pure_dict(state), _leaf_keys(nnx.to_pure_dict(state)))
+        for name, module in nnx.eval_shape(lambda: self._build(dtype)).items():
+            graphs[name], state = nnx.split(module)
+            params[name] = jax.tree_util.tree_map_with_path(_drawn, nnx.to_pure_dict(state))
         return graphs, params
 
+    def _build(self, dtype: str) -> dict[str, nnx.Module]:
+        models: dict[str, Any] = {}
+        for i, (role, builder) in enumerate(self.builders.items()):
+            config = dataclasses.replace(builder, dtype=dtype, param_dtype="float32" if dtype == "bfloat16" else dtype)
+            models[role] = config.build(VOCAB, nnx.Rngs(params=i))
+        if "heads" in self.objective.roles:
+            models["heads"] = self.objective.build_heads(models["model"].head_style, VOCAB, nnx.Rngs(params=100))
+        return models
 
-def _leaf_keys(tree: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(treedef, list(jax.random.split(jax.random.key(7), len(leaves))))
 
-
-def _stir(leaf: jax.Array, key: jax.Array) -> jax.Array:
-    """Moves zeros and ones of biases and norms off their special values, so that a lost gradient shows."""
-    return leaf + 0.05 * jax.random.normal(key, leaf.shape, leaf.dtype)
+def _drawn(path: Any, leaf: Any) -> jax.Array:
+    name = jax.tree_util.keystr(path)
+    noise = np.random.default_rng(list(name.encode())).normal(scale=0.05, size=leaf.shape)
+    return jnp.asarray(noise + name.endswith("['scale']"), leaf.dtype)
 
 
 def make_batch(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
@@ -272,8 +272,21 @@ class Bench:
         self.key = jax.random.key(3, impl="threefry2x32")
         self.batch = case.make()
         self.loss = objectives.loss_fn(self.objective, self.graphs, VOCAB)
-        self.eval_loss = objectives.loss_fn(self.objective, self.graphs, VOCAB, train=False)
-        self.value_and_grad = jax.jit(jax.value_and_grad(self.loss, has_aux=True))
+        self.value_and_grad = jax.jit(self._value_and_grad)
+
+    def _value_and_grad(self, params: Any, batch: Batch, key: Any) -> tuple[tuple[Any, Any], Any]:
+        """((loss, metrics), gradients). Variants have no gradients: they are those of the objective itself."""
+        if self.case.variant:
+            return self.loss(params, batch, key), {}
+        return jax.value_and_grad(self.loss, has_aux=True)(params, batch, key)
+
+    def in_bfloat16(self) -> tuple[Any, Any]:
+        """(loss, gradients) of the same parameters in float32, computed in bfloat16."""
+        graphs, _ = self.case.models("bfloat16")
+        loss = objectives.loss_fn(self.objective, graphs, VOCAB)
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), self.params)
+        (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, self.batch, self.key)
+        return value, grads
 
     @functools.cached_property
     def reference(self) -> tuple[float, Any]:
@@ -321,4 +334,4 @@ def norm_gap(a: Any, b: Any) -> float:
         scale = max(np.linalg.norm(x), np.linalg.norm(y))
         return 0.0 if scale <= noise else float(np.linalg.norm(x - y) / scale)
 
-    return max(jax.tree.leaves(jax.tree.map(gap, a, b)))
+    return max(jax.tree.leaves(jax.tree.map(gap, a, b)), default=0.0)

@@ -55,9 +55,13 @@ CASES: list[tuple[Kind, exact.DType, tuple[int, int, int]]] = [
     *(("masked_lm", "float64", mesh) for mesh in exact.MESHES),
     ("causal_lm", "float32", (2, 2, 2)),
 ]
+QUICK = {"causal_lm": [(8, 1, 1), (2, 2, 2)], "masked_lm": [(1, 2, 4)]}
 
 
-@pytest.mark.parametrize(("kind", "dtype", "mesh"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "mesh"),
+    [pytest.param(*case, marks=[] if case[2] in QUICK[case[0]] else [pytest.mark.slow]) for case in CASES],
+)
 def test_eight_devices_compute_what_one_does(
     corpus: pathlib.Path, kind: Kind, dtype: exact.DType, mesh: tuple[int, int, int]
 ) -> None:

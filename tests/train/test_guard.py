@@ -182,7 +182,7 @@ def batch(seed: int, poison: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("poison", "kind"), [(1, "nonfinite"), (2, "nonfinite"), (3, "spike")])
-def test_a_bad_update_changes_nothing_but_step_and_count(
+def test_a_bad_update_changes_nothing_but_step_count_and_memory(
     program: tuple[Program, State, Any], poison: int, kind: str
 ) -> None:
     _, state, step = program
@@ -194,6 +194,13 @@ def test_a_bad_update_changes_nothing_but_step_and_count(
     assert Verdict.read(metrics).kind == kind
     assert (int(spared.step), int(spared.guard.skipped), int(metrics["skipped"][0])) == (4, 2, 2)  # both updates
     assert int(metrics[f"{GUARD}updates"][0]) == 6
+
+    # The memory has read the batch, once for each update, but for one that is not finite.
+    before, last = state.objective.carried["memory"], batch(3)["tokens"][:, -1]
+    memory = before + 2 * state.params["model"]["embed"][last]
+    expected = before if poison == 1 else memory
+    np.testing.assert_allclose(spared.objective.carried["memory"], expected, rtol=1e-6)
+    spared = spared._replace(objective=state.objective)
 
     undone = spared._replace(step=state.step, guard=spared.guard._replace(skipped=state.guard.skipped))
     assert jax.tree.structure(undone) == jax.tree.structure(state)
