@@ -65,8 +65,13 @@ class Dataset:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes of labelled data by their ids, of all sources together; empty where there are none."""
-        return sorted({name for source in self._sources.values() for name in source.classes})
+        """Names of the classes of labelled data, of all sources together; empty where there are none."""
+        return self.classes_of(None)
+
+    def classes_of(self, source: str | None) -> list[str]:
+        """Names of the classes by their ids, for rows of one source (`RowSpec.source`), or None: of all together."""
+        asked = [each for name, each in self._sources.items() if source in (None, name)]
+        return sorted({name for each in asked for name in each.classes})
 
     def summary(self) -> dict[str, Any]:
         """In JSON: `fingerprint`, `vocab_size`, and of all sources together
@@ -195,7 +200,7 @@ class Dataset:
         return RowSource(list(self._sources).index(name), epochs, self._labels(name, spec, split))
 
     def _labels(self, name: str, spec: RowSpec, split: str) -> NDArray | None:
-        """The labels that `spec` asks for. Ids of classes are those of `classes`, not of the source alone."""
+        """The labels that `spec` asks for. Ids of classes are those of `classes_of` the sources that it reads."""
         source = self._sources[name]
         labels = source.store(split).labels
         for field, dtype in LABEL_FIELDS.items():
@@ -207,7 +212,8 @@ class Dataset:
                     f"accepted: a source of records with {_key(name)}.label: COLUMN and .label_kind: "
                     f"{_LABEL_KINDS[field]}."
                 )
-            ids = np.array([self.classes.index(own) for own in source.classes], np.int32)
+            classes = self.classes_of(spec.source)
+            ids = np.array([classes.index(own) for own in source.classes], np.int32)
             return ids[labels] if field == "labels" else labels
         return None
 

@@ -9,7 +9,7 @@ figure 4a.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -57,8 +57,9 @@ class Entailment(Objective):
         if not 0 <= self.dropout < 1:
             raise UserError(f"objective.dropout is {self.dropout}; it must be in [0, 1).")
 
-    def check_classes(self, names: Sequence[str]) -> None:
-        """Refuses data whose classes (`Dataset.classes`) are not as many as this objective's."""
+    def check_classes(self, classes_of: Callable[[str | None], Sequence[str]]) -> None:
+        """Refuses data whose classes are not as many as this objective's."""
+        names = classes_of(None)
         if len(names) != self.classes:
             raise UserError(
                 f"objective.classes is {self.classes}, but the data has {len(names)} classes ({', '.join(names)}); "

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -148,11 +148,12 @@ class Mixture(Objective):
         """Whether any member does."""
         return any(objective.fills_masks for objective in self.objectives.values())
 
-    def check_classes(self, names: Sequence[str]) -> None:
-        """Each member looks at the classes of the data."""
-        for name, objective in self.objectives.items():
+    def check_classes(self, classes_of: Callable[[str | None], Sequence[str]]) -> None:
+        """Each member looks at the classes of its own source."""
+        for name, member in self.members.items():
+            names = classes_of(member.source)
             with _keys_of(name):
-                objective.check_classes(names)
+                member.objective.check_classes(lambda source, names=names: names)  # type: ignore[misc]
 
     def rows(self, vocab: Vocabulary, length: int) -> dict[str, RowSpec]:
         """Each member's rows, from its own source."""

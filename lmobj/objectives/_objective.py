@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -174,8 +174,8 @@ class Objective:
         """The rows this objective reads for model inputs of `length` tokens. Raises UserError when it cannot."""
         raise NotImplementedError
 
-    def check_classes(self, names: Sequence[str]) -> None:
-        """Refuses data whose classes, these by name, the objective cannot tell apart. Most do not look at them."""
+    def check_classes(self, classes_of: Callable[[str | None], Sequence[str]]) -> None:
+        """Refuses data whose classes (`Dataset.classes_of`) it cannot tell apart. Most do not look at them."""
 
     def member_rows(self, batch_size: int) -> Mapping[str, int]:
         """Rows of each member's batch in a global batch of `batch_size`, where `rows` returns those of members."""

@@ -313,7 +313,7 @@ def assemble(
         quiet = quiet or not distributed.is_first()
         dataset = distributed.first_alone("data", lambda: prepare(config.data, quiet=quiet))
         parts = design(config, dataset.vocab, mesh=mesh, objective=objective, model=model)
-        parts.objective.check_classes(dataset.classes)
+        parts.objective.check_classes(dataset.classes_of)
     distributed.same("data", dataset.fingerprint, _differing_data)
     return Assembly(**vars(parts), dataset=dataset)
 

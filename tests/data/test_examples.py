@@ -167,6 +167,11 @@ def test_classes_of_a_mixture_are_those_of_all(classes, tmp_path):
         texts = read_back(both, batch)
         assert named == [source[text] for source, text in zip(sources, texts, strict=True)]
     assert {"maybe", "no", "yes"} == set(named)
+    # Rows of one source have the classes of that source alone.
+    assert both.classes_of("two") == ["maybe", "yes"]
+    spec = RowSpec("examples", 900, (4,), (5,), ("labels",), source="two")
+    batch = both.rows(spec, batch_size=40).batch(0)
+    assert [["maybe", "yes"][label] for label in batch["labels"]] == [others[text] for text in read_back(both, batch)]
 
 
 def test_numbers_are_scores(tmp_path):

@@ -17,7 +17,7 @@ from lmobj import masks, noise
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import EncoderConfig, PairHead
-from lmobj.objectives import Context, _entailment, denominators, step_keys, total_loss
+from lmobj.objectives import Context, Member, Mixture, _entailment, denominators, step_keys, total_loss
 from lmobj.objectives._entailment import Entailment
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import ENCODER, PairTopics, learn
@@ -148,9 +148,17 @@ def test_what_cannot_be_done_is_refused() -> None:
     for missing, message in (({"cls": None}, r"no \[CLS\]"), ({"sep": None}, r"no \[SEP\]")):
         with pytest.raises(UserError, match=message):
             OBJECTIVE.rows(dataclasses.replace(VOCAB, **missing), 32)
-    OBJECTIVE.check_classes(["contradiction", "entailment", "neutral"])
+    OBJECTIVE.check_classes(lambda source: ["contradiction", "entailment", "neutral"])
     with pytest.raises(UserError, match=r"classes is 3, but the data has 2 classes \(no, yes\); accepted: .*classes=2"):
-        OBJECTIVE.check_classes(["no", "yes"])
+        OBJECTIVE.check_classes(lambda source: ["no", "yes"])
+
+
+def test_members_of_a_mixture_tell_the_classes_of_their_own_sources() -> None:
+    classes = {"one": ["no", "yes"], "two": ["contradiction", "entailment", "neutral"]}
+    members = {name: Member(Entailment(classes=len(names)), source=name) for name, names in classes.items()}
+    Mixture(members=members).check_classes(lambda source: classes[str(source)])
+    with pytest.raises(UserError, match=r"objective\.members\.one\.objective\.classes is 2, but the data has 3"):
+        Mixture(members=members).check_classes(lambda source: classes["two"])
 
 
 def test_pairs_of_texts_are_told_apart() -> None:
