@@ -47,7 +47,8 @@ class PermutationLM(Objective):
     name: Literal["permutation_lm"] = "permutation_lm"
     """Predict spans of tokens in a random order, with memory."""
     reuse: int | None = None
-    """Tokens by which each row goes on in the text, the first half of the next row's memory; null: data.length // 2."""
+    """Tokens by which each row goes on in the text, the first half of the next row's memory; null: data.length // 2. 0,
+    for rows of your own: a row is one half, and remembered whole."""
     perm_size: int | None = None
     """Tokens in a block of the order, a divisor of both halves; blocks come one after the other. null: `reuse`."""
     num_predictions: int | None = None
@@ -74,6 +75,11 @@ class PermutationLM(Objective):
                 f"{'[SEP]' if vocab.sep is None else '[CLS]'}; set a tokenizer with both."
             )
         reuse, perm_size, predictions = self._sizes(length)
+        if not 1 <= reuse <= length - 5:
+            raise UserError(
+                f"objective.reuse is {reuse}, and data.length gives rows of {length} tokens, which also hold two texts "
+                f"and 3 special tokens; accepted: 1 to data.length - 5 = {length - 5}."
+            )
         noise.check_permutation(length, predictions, reuse, perm_size, self.max_span, self.mask_alpha, self.mask_beta)
         return RowSpec(
             "stream_pairs",

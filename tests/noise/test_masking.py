@@ -135,7 +135,8 @@ def test_rows_do_not_depend_on_the_batch_or_on_x64(name: str) -> None:
     tokens, candidates = bert_row(30, 32)
     settings = {"length": 30, "num_predictions": 10, "mask_id": MASK, "vocab_size": VOCAB}
     together = run(name, 6, tokens, candidates, **settings)
-    alone = [MASKERS[name](key, tokens, candidates, **settings) for key in keys_of(6)]  # eager, one at a time
+    one = jax.jit(functools.partial(MASKERS[name], tokens=tokens, candidates=candidates, **settings))
+    alone = [one(key) for key in keys_of(6)]
     with jax.enable_x64(True):
         wide = run(name, 6, tokens, candidates, **settings)
     for batched, x64, *single in zip(together, wide, *alone, strict=True):
@@ -153,6 +154,17 @@ def test_every_subset_of_positions_is_equally_likely() -> None:
     subsets = [100 * a + 10 * b + c for a, b, c in itertools.combinations(range(1, 7), 3)]
     np.testing.assert_array_equal(codes, subsets)
     assert_fits(counts, np.full(20, 1 / 20))
+
+
+def test_robertas_subsets_are_equally_likely_whatever_their_count() -> None:
+    # 5 candidates at 0.5: 2.5, so 2 or 3 with equal chance, and C(5, 2) = C(5, 3) = 10 subsets of each: 1 / 20 each.
+    tokens, candidates = bert_row(7, 9)
+    rows = 100_000
+    masked = run("roberta", rows, tokens, candidates, length=5, num_predictions=3, mask_rate=0.5)
+    counts = np.bincount(np.sum(2**masked.positions * masked.weights.astype(int), axis=1), minlength=64)
+    subsets = [sum(2**i for i in s) for n in (2, 3) for s in itertools.combinations(range(1, 6), n)]
+    assert counts[subsets].sum() == rows
+    assert_fits(counts[subsets], np.full(20, 1 / 20))
 
 
 @pytest.mark.parametrize("name", ["exact", "roberta", "whole_words", "bernoulli", "ngrams"])
@@ -201,10 +213,11 @@ def test_shares_are_settings() -> None:
 def test_roberta_rounds_the_count_at_random_and_draws_no_specials() -> None:
     # 10 tokens at 0.15: 1.5, so 1 or 2 with equal chance; 12 tokens: 1.8, so 1 with chance 0.2, 2 with 0.8.
     # 4 tokens: 0.6, so 0 with chance 0.4.
+    masker = functools.partial(noise.mask_tokens_roberta, num_predictions=3, mask_id=MASK, vocab_size=VOCAB)
+    draw = jax.jit(jax.vmap(lambda key, row, ok, n: masker(key, row, ok, length=n).weights, (0, None, None, None)))
     for length, shares in ((10, [0, 0.5, 0.5]), (12, [0, 0.2, 0.8]), (4, [0.4, 0.6, 0])):
-        tokens, candidates = bert_row(length, 16)
-        masked = run("roberta", 100_000, tokens, candidates, length=length, num_predictions=3)
-        counts = np.bincount(masked.weights.sum(1).astype(int), minlength=4)
+        weights = np.asarray(draw(keys_of(100_000), *bert_row(length, 16), length))
+        counts = np.bincount(weights.sum(1).astype(int), minlength=4)
         possible = np.array([*shares, 0.0]) > 0
         np.testing.assert_array_equal(counts > 0, possible)
         assert_fits(counts[possible], np.array(shares)[possible[:3]])

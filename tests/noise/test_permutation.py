@@ -300,6 +300,27 @@ def test_a_half_that_is_not_full_predicts_in_proportion() -> None:
         assert (positions < max(length, 1)).all()
 
 
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_rows_read_from_the_end_place_their_spans_in_reading_order(whole_words: bool) -> None:
+    """As the same words in the order of the text; each half, up to where the row ends, is turned for itself."""
+    tokens = jnp.arange(10, 50)
+    permute = functools.partial(
+        noise.permute_tokens, num_predictions=14, reuse=20, perm_size=20, mask_alpha=2, whole_words=whole_words
+    )
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None, None))
+    def targets(key, starts, backward):
+        drawn = permute(key, tokens, tokens < 0, starts, length=33, backward=backward)
+        return jnp.zeros(40, bool).at[jnp.where(drawn.weights > 0, drawn.positions, 40)].set(True, mode="drop")
+
+    turned = np.concatenate([np.arange(20)[::-1], np.arange(20, 33)[::-1], np.arange(33, 40)])
+    starts = np.random.default_rng(0).random(40) < 0.5
+    backward, forward = targets(keys_of(50), starts, True), targets(keys_of(50), starts[turned], False)
+    np.testing.assert_array_equal(backward, forward[:, turned])
+    assert (forward != targets(keys_of(50), starts, False)).any()
+
+
 def test_halves_draw_for_themselves() -> None:
     tokens = np.arange(40)
     rows = permuted(keys_of(20), tokens, tokens < 0, tokens >= 0, 40, 20, 10, 20)

@@ -157,12 +157,12 @@ def test_a_span_is_masked_replaced_or_kept_as_one() -> None:
 def test_random_tokens_of_a_span_are_uniform_and_independent() -> None:
     tokens, starts = np.full(4, 7), np.array([1, 0, 1, 1])
     masked = draw(
-        150_000, tokens, starts, num_predictions=2, mask_rate=0.5, max_span=1, vocab_size=8, mask_share=0.0,
+        210_000, tokens, starts, num_predictions=2, mask_rate=0.5, max_span=1, vocab_size=8, mask_share=0.0,
         random_share=1.0,
     )  # fmt: skip
     pair = masked.tokens[masked.positions[:, 0] == 0][:, :2]
     pair = pair[(masked.positions[masked.positions[:, 0] == 0][:, 1] == 1)]
-    assert len(pair) > 50_000
+    assert len(pair) > 1e5  # half of the anchors
     counts = np.bincount(pair @ [8, 1], minlength=64)
     assert stats.chisquare(counts).pvalue > 1e-3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -176,6 +177,15 @@ def test_masked_loss_divides_by_the_count_plus_berts_epsilon() -> None:
     np.testing.assert_allclose(loss, 4 * math.log(16) / (4 + 1e-5), rtol=1e-6)
 
 
+def test_masked_sees_its_own_document_and_all_of_it() -> None:
+    noise, ctx = context()
+    packed = masked_batch() | {"segment_ids": jnp.asarray([[1] * 4 + [2] * 6, [1] * 4 + [0] * 6])}
+    sees = np.asarray(MaskedLM(mask_rate=0.3).corrupt(noise, packed, ctx).mask.dense(10, 10))[:, 0]
+    sees = np.broadcast_to(sees, (2, 10, 10))
+    same = np.arange(10) >= 4
+    np.testing.assert_array_equal(sees, [same[:, None] == same] * 2)  # padding sees padding alone
+
+
 @pytest.mark.parametrize(
     ("settings", "vocab", "length", "message"),
     [
@@ -245,10 +255,23 @@ def _texts_swapped(batch: dict[str, Any]) -> dict[str, Any]:
     return batch | {"token_types": 1 - batch["token_types"]} if "token_types" in batch else batch
 
 
-def _all_count(mask_tokens: Any) -> Any:
-    def mutated(*args: Any, **options: Any) -> Any:
-        masked = mask_tokens(*args, **options)
-        return masked._replace(weights=jnp.ones_like(masked.weights))
+def _all_count(masked: Any) -> Any:
+    return masked._replace(weights=jnp.ones_like(masked.weights))
+
+
+def _targets_shifted(masked: Any) -> Any:
+    return masked._replace(targets=jnp.roll(masked.targets, 1))
+
+
+def _slots_changed(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A replacement of `mask_tokens` with other slots."""
+    return lambda mask_tokens: lambda *args, **options: change(mask_tokens(*args, **options))
+
+
+def _every_position_counts(corrupt: Any) -> Any:
+    def mutated(*given: Any) -> Any:
+        example = corrupt(*given)
+        return dataclasses.replace(example, weights=jnp.ones_like(example.weights))
 
     return mutated
 
@@ -263,18 +286,25 @@ CAUSAL_BY_HAND = (
 MASKED_BY_HAND = (
     test_masked_counts_tokens_by_the_papers_rule,
     test_masked_loss_divides_by_the_count_plus_berts_epsilon,
+    test_masked_sees_its_own_document_and_all_of_it,
 )
+BOTH_SIDES = Mutant("a mask of both sides", masks, "causal", lambda _: masks.bidirectional)
+TWO_AHEAD = Mutant("target two ahead", _causal_lm, "_shift_left", lambda f: lambda x: f(f(x)))
+LEFT_SIDE = Mutant("a mask of the left side", masks, "bidirectional", lambda _: masks.causal)
 MUTANTS = [
-    (Mutant("a mask of both sides", masks, "causal", lambda _: masks.bidirectional), (test_causal_learns_sums,)),
-    (Mutant("target two ahead", _causal_lm, "_shift_left", lambda f: lambda x: f(f(x))), (test_causal_learns_sums,)),
+    (BOTH_SIDES, CAUSAL_BY_HAND),
+    (TWO_AHEAD, CAUSAL_BY_HAND),
     (Mutant("target is the input", _causal_lm, "_shift_left", lambda _: lambda x: x), CAUSAL_BY_HAND),
     (Mutant("documents see one another", masks.AttentionMask, "packed", lambda _: lambda m, _: m), CAUSAL_BY_HAND),
+    (Mutant("every position counts", CausalLM, "corrupt", _every_position_counts), CAUSAL_BY_HAND),
     (Mutant("no prompt mask", CausalLM, "corrupt", _batch_changed(_without_loss_mask)), CAUSAL_BY_HAND),
     (Mutant("first text for second", CausalLM, "corrupt", _batch_changed(_texts_swapped)), CAUSAL_BY_HAND),
     (Mutant("no z-loss", losses, "z_loss", lambda _: lambda stats: 0 * stats.logsumexp), CAUSAL_BY_HAND),
-    (Mutant("a mask of the left side", masks, "bidirectional", lambda _: masks.causal), (test_masked_learns_twins,)),
+    (LEFT_SIDE, MASKED_BY_HAND),
+    (Mutant("no document of its own", masks.AttentionMask, "packed", lambda _: lambda m, _: m), MASKED_BY_HAND),
     (Mutant("special tokens are masked", _masked_lm, "_isin", lambda _: lambda x, _: x < 0), MASKED_BY_HAND),
-    (Mutant("empty slots count", noise, "mask_tokens", _all_count), MASKED_BY_HAND),
+    (Mutant("masked target shifted", noise, "mask_tokens", _slots_changed(_targets_shifted)), MASKED_BY_HAND),
+    (Mutant("empty slots count", noise, "mask_tokens", _slots_changed(_all_count)), MASKED_BY_HAND),
     (Mutant("no epsilon", MaskedLM, "epsilon", lambda _: {}), MASKED_BY_HAND),
 ]
 
@@ -284,3 +314,19 @@ def test_mutants_are_noticed(
     monkeypatch: pytest.MonkeyPatch, mutant: Mutant, checks: tuple[Callable[[], None], ...]
 ) -> None:
     assert_killed(monkeypatch, mutant, checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mutant", "check"),
+    [
+        (BOTH_SIDES, test_causal_learns_sums),
+        (TWO_AHEAD, test_causal_learns_sums),
+        (LEFT_SIDE, test_masked_learns_twins),
+    ],
+    ids=lambda x: str(x) if isinstance(x, Mutant) else "",
+)
+def test_what_is_learnt_tells_them_too(
+    monkeypatch: pytest.MonkeyPatch, mutant: Mutant, check: Callable[[], None]
+) -> None:
+    assert_killed(monkeypatch, mutant, [check])

@@ -17,11 +17,19 @@ from flax import nnx
 
 from lmobj import config, objectives
 from lmobj.errors import UserError
-from lmobj.models import XLNetConfig
-from lmobj.objectives import MaskedLM, Member, Mixture, SentenceOrderPrediction, TransformerXL, _mixture
+from lmobj.models import OutputHead, PairHead, XLNetConfig
+from lmobj.objectives import (
+    MaskedLM,
+    Member,
+    Mixture,
+    ReplacedTokenDetection,
+    SentenceOrderPrediction,
+    TransformerXL,
+    _mixture,
+)
 from lmobj.train import fit
 from tests.mutants import Mutant, assert_killed
-from tests.objectives.contract import CASES, VOCAB, Bench, make_batch, make_pairs, norm_gap
+from tests.objectives.contract import BATCH, CASES, ENCODER, VOCAB, Bench, make_batch, make_pairs, norm_gap
 from tests.train.tiny_runs import quick_compilation, stored_bits, write_corpus
 
 LM = MaskedLM(mask_rate=0.3, max_predictions=6)
@@ -29,69 +37,113 @@ ORDER = SentenceOrderPrediction(masked_lm=None)
 MEMBERS = {"lm": Member(LM, weight=2.0), "order": Member(ORDER, weight=0.5)}
 
 
-def bench_of(mixture: Mixture) -> Bench:
-    """The contract's models under another mixture of the same members."""
-    return Bench(dataclasses.replace(CASES["mixture"], objective=mixture), "float32")
+SMALL = dataclasses.replace(CASES["mixture"], builders={"model": dataclasses.replace(ENCODER, layers=1, remat="none")})
+"""The contract's mixture with a model of one layer."""
 
 
 def test_the_sum_is_that_of_each_member_alone() -> None:
     """Each member's loss by itself, on its own batch and with its own keys, times its weight."""
-    bench = bench_of(Mixture(members=MEMBERS))
-    (loss, metrics), _ = bench.value_and_grad(bench.params, bench.batch, bench.key)
-    noise_keys, model_keys = objectives.step_keys(bench.key, objectives.row_ids_of(bench.batch), 0)
-    models = {role: _merge(bench, role) for role in bench.graphs}
-    expected = 0.0
-    for name, weight in (("lm", 2.0), ("order", 0.5)):
-        objective = MEMBERS[name].objective
-        own = {"model": models["model"]} | ({"heads": models["heads"].members[name]} if name == "order" else {})
-        ctx = objectives.Context(model_keys[name], 0, VOCAB)
-        example = objective.corrupt(noise_keys[name], bench.batch[name], ctx)
-        terms = objective.terms(own, example, (), ctx)
-        total = objectives.total_loss(terms, objectives.denominators(objective, example), objective.coefficients)
-        expected += weight * float(total)
-        assert set(metrics) > {f"{name}/{metric}" for metric in terms.metrics}
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    with jax.enable_x64(True):
+        bench = Bench(dataclasses.replace(SMALL, objective=Mixture(members=MEMBERS)))
+        noise_keys, model_keys = objectives.step_keys(bench.key, objectives.row_ids_of(bench.batch), 0)
+
+        @jax.jit
+        def alone(params: Any, batch: Any) -> Any:
+            models = {role: nnx.merge(graph, params[role]) for role, graph in bench.graphs.items()}
+            found = {}
+            for name, member in MEMBERS.items():
+                own = {"model": models["model"]} | ({"heads": models["heads"].members[name]} if name == "order" else {})
+                ctx = objectives.Context(model_keys[name], 0, VOCAB)
+                example = member.objective.corrupt(noise_keys[name], batch[name], ctx)
+                terms = member.objective.terms(own, example, (), ctx)
+                shared = objectives.denominators(member.objective, example)
+                total = objectives.total_loss(terms, shared, member.objective.coefficients)
+                found[name] = total, terms.metrics
+            return found
+
+        loss, metrics = jax.jit(bench.loss)(bench.params, bench.batch, bench.key)
+        each = alone(bench.params, bench.batch)
+    assert float(loss) == pytest.approx(2.0 * float(each["lm"][0]) + 0.5 * float(each["order"][0]), rel=1e-12)
+    assert metrics.keys() == {f"{name}/{metric}" for name, (_, own) in each.items() for metric in own}
 
 
-def _merge(bench: Bench, role: str) -> Any:
-    return nnx.merge(bench.graphs[role], bench.params[role])
+class Even:
+    """Models for which all tokens, and all labels, are equally likely; they keep what they read."""
+
+    def __init__(self) -> None:
+        self.read: list[Any] = []
+
+    def hidden(self, tokens: Any, **_: Any) -> Any:
+        self.read.append(tokens)
+        return jnp.zeros((*tokens.shape, 16))
+
+    def head_hidden(self, hidden: Any) -> Any:
+        return hidden
+
+    def head_table(self) -> OutputHead:
+        return OutputHead(jnp.ones((VOCAB.size, 16)))
+
+    def discriminate(self, hidden: Any) -> Any:
+        return hidden[..., 0]
+
+    generator_hidden = discriminator_hidden = hidden
+    generator_head_hidden, generator_head_table = head_hidden, head_table
+
+
+def keys_for(batch: Any) -> tuple[Any, Any]:
+    """(noise keys, model keys) by member."""
+    return objectives.step_keys(jax.random.key(0, impl="threefry2x32"), objectives.row_ids_of(batch), 0)
 
 
 def test_uncertainty_weighting_is_its_formula() -> None:
     """With s: sum of w exp(-s) L + s / 2; its gradient with respect to s is 1 / 2 - w exp(-s) L."""
-    plain, own = bench_of(Mixture(members=MEMBERS)), bench_of(Mixture(members=MEMBERS, weighting="uncertainty"))
-    noise_keys, model_keys = objectives.step_keys(plain.key, objectives.row_ids_of(plain.batch), 0)
-    models = {role: _merge(plain, role) for role in plain.graphs}
+    batch = {"lm": make_batch(rows=2), "order": make_pairs(rows=3)}
+    noise_keys, model_keys = keys_for(batch)
+    pairs = PairHead(ENCODER.head_style, 2, nnx.Rngs(params=0))
+    models: Any = {"model": Even(), "heads": _mixture._Heads({"order": pairs})}
 
-    def terms(mixture: Mixture, params: Any) -> Any:
+    def total(weighting: Any, params: Any) -> Any:
+        mixture = Mixture(members=MEMBERS, weighting=weighting)
         ctx = objectives.Context(model_keys, 0, VOCAB, params)
-        example = mixture.corrupt(noise_keys, plain.batch, ctx)
+        example = mixture.corrupt(noise_keys, batch, ctx)
         found = mixture.terms(models, example, {"lm": (), "order": ()}, ctx)
-        weights = objectives.denominators(mixture, example)
-        return objectives.total_loss(found, weights, mixture.coefficients), found.sums, weights
+        return objectives.total_loss(found, objectives.denominators(mixture, example), mixture.coefficients)
 
-    _, sums, weights = terms(plain.objective, ())  # type: ignore[arg-type]
-    lm = 2.0 * float(sums["lm/nll"] / weights["lm/nll"])
-    order = 0.5 * float(sums["order/sop"] / weights["order/sop"])
-    log_variance = {"lm": jnp.asarray(0.7), "order": jnp.asarray(-0.4)}
-
-    def total(s: Any) -> Any:
-        return terms(own.objective, {"lm": (), "order": (), "uncertainty": s})[0]  # type: ignore[arg-type]
-
-    value, gradient = jax.jit(jax.value_and_grad(total))(log_variance)
+    lm, order = 2 * math.log(VOCAB.size), 0.5 * math.log(2)  # all logits are 0; means over tokens and over pairs
+    assert float(total("fixed", ())) == pytest.approx(lm + order, rel=1e-5)
+    value, gradient = jax.value_and_grad(lambda s: total("uncertainty", {"lm": (), "order": (), "uncertainty": s}))(
+        {"lm": 0.7, "order": -0.4}
+    )
     assert float(value) == pytest.approx(math.exp(-0.7) * lm + math.exp(0.4) * order + 0.15, rel=1e-5)
     assert float(gradient["lm"]) == pytest.approx(0.5 - math.exp(-0.7) * lm, rel=1e-5)
     assert float(gradient["order"]) == pytest.approx(0.5 - math.exp(0.4) * order, rel=1e-5)
 
 
-def test_uncertainty_starts_even_and_is_trained() -> None:
-    bench = Bench(CASES["mixture"], "float32")
-    before = bench.program().init(bench.params, 8).objective.params["uncertainty"]
-    assert {name: float(s) for name, s in before.items()} == {"lm": 0.0, "order": 0.0}
-    state, _ = bench.train(bench.program(), steps=1)
-    moved = state.objective.params["uncertainty"]
-    assert float(moved["lm"]) != 0
-    assert float(moved["order"]) != 0
+def test_members_sample_for_themselves() -> None:
+    """Two of replaced token detection on the same rows: each with its own draws, samples and labels."""
+    member = ReplacedTokenDetection(mask_rate=0.3)
+    mixture = Mixture(members={"a": Member(member), "b": Member(member), "c": Member(member)})
+    recorded = jnp.full((BATCH, 5), 39)
+    batch = {"a": make_batch(), "b": make_batch(), "c": make_batch() | {"sampled": recorded}}
+    noise_keys, model_keys = keys_for(batch)
+    ctx = objectives.Context(model_keys, 0, VOCAB)
+    together: Any = Even()
+    alone: Any = Even()
+    example = mixture.corrupt(noise_keys, batch, ctx)
+    terms = mixture.terms({"model": together}, example, dict.fromkeys(batch, ()), ctx)
+    assert terms.sums.keys() == {f"{name}/{term}" for name in "abc" for term in ("mlm", "disc")}
+    for name in "abc":
+        own = objectives.Context(model_keys[name], 0, VOCAB)
+        one = member.corrupt(noise_keys[name], batch[name], own)
+        for term, value in member.terms({"model": alone}, one, (), own).sums.items():
+            assert float(value) == float(terms.sums[f"{name}/{term}"])
+    for one, other in zip(together.read, alone.read, strict=True):
+        np.testing.assert_array_equal(one, other)
+    a, b, c = together.read[1::2]  # what the discriminator read
+    assert (a != b).any()
+    original, drawn = make_batch()["tokens"], c == 39
+    np.testing.assert_array_equal(c, jnp.where(drawn, 39, original))
+    assert drawn.sum() > BATCH > (a == 39).sum()
 
 
 def test_sampled_rows_are_shared_in_proportion() -> None:
@@ -107,10 +159,10 @@ def test_sampled_rows_are_shared_in_proportion() -> None:
 
 
 def test_members_of_other_sizes_train_alike() -> None:
-    """Batches of six and two rows: microbatches give the update of the whole."""
+    """Batches of six and two rows: microbatches give the update of the whole, that of each s, from 0, included."""
     case = dataclasses.replace(
-        CASES["mixture"],
-        objective=Mixture(members=MEMBERS, combine="sample"),
+        SMALL,
+        objective=Mixture(members=MEMBERS, combine="sample", weighting="uncertainty"),
         make=lambda first_row=0: {
             "lm": make_batch(rows=6, first_row=first_row),
             "order": make_pairs(rows=2, first_row=first_row),
@@ -118,19 +170,20 @@ def test_members_of_other_sizes_train_alike() -> None:
     )
     with jax.enable_x64(True):
         bench = Bench(case)
+        assert bench.program().init(bench.params, 8).objective.params["uncertainty"] == {"lm": 0, "order": 0}
         whole, losses = bench.train(bench.program())
         split, split_losses = bench.train(bench.program(accumulate=2))
     np.testing.assert_allclose(split_losses, losses, rtol=1e-10)
     assert norm_gap(split.params, whole.params) < 1e-10
+    assert norm_gap(split.objective.params, whole.objective.params) < 1e-10
+    assert all(float(s) != 0 for s in whole.objective.params["uncertainty"].values())
 
 
 def test_members_draw_apart() -> None:
     """Two members on the same rows corrupt them independently."""
     members = {"a": Member(LM), "b": Member(LM)}
     batch = {"a": make_batch(), "b": make_batch()}
-    noise_keys, model_keys = objectives.step_keys(
-        jax.random.key(0, impl="threefry2x32"), objectives.row_ids_of(batch), 0
-    )
+    noise_keys, model_keys = keys_for(batch)
     example = Mixture(members=members).corrupt(noise_keys, batch, objectives.Context(model_keys, 0, VOCAB))
     assert not np.array_equal(example["a"].predict, example["b"].predict)
     assert not np.array_equal(jax.random.key_data(model_keys["a"]), jax.random.key_data(model_keys["b"]))
@@ -240,22 +293,39 @@ def test_a_member_without_held_out_text_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def _reversed_denominators(weights: Any) -> Any:
+    def mixed(self: Mixture, example: Any) -> dict[str, Any]:
+        found = weights(self, example)
+        return dict(zip(found, reversed(found.values()), strict=True))
+
+    return mixed
+
+
+def _without_half_s(terms: Any) -> Any:
+    def mutated(*given: Any) -> Any:
+        found = terms(*given)
+        return found._replace(sums={name: (name != "uncertainty") * x for name, x in found.sums.items()})
+
+    return mutated
+
+
+def _first_keys_for_all(corrupt: Any) -> Any:
+    return lambda self, keys, batch, ctx: corrupt(self, dict.fromkeys(keys, next(iter(keys.values()))), batch, ctx)
+
+
 MUTANTS = [
     (
         Mutant("a weight is dropped", Mixture, "coefficients", lambda real: property(lambda self: _ones(real, self))),
         [test_sampled_rows_are_shared_in_proportion],
     ),
+    (Mutant("one member's keys for all", Mixture, "corrupt", _first_keys_for_all), [test_members_draw_apart]),
     (
-        Mutant(
-            "one member's keys for all",
-            Mixture,
-            "corrupt",
-            lambda real: lambda self, keys, batch, ctx: real(self, dict.fromkeys(keys, keys["order"]), batch, ctx),
-        ),
-        [test_the_sum_is_that_of_each_member_alone],
+        Mutant("the sign of s", _mixture, "_precision", lambda real: lambda s: real(-s)),
+        [test_uncertainty_weighting_is_its_formula],
     ),
+    (Mutant("s / 2 dropped", Mixture, "terms", _without_half_s), [test_uncertainty_weighting_is_its_formula]),
     (
-        Mutant("the sign of s", _mixture.jnp, "exp", lambda real: lambda x: real(-x)),
+        Mutant("denominators mixed", Mixture, "weights", _reversed_denominators),
         [test_uncertainty_weighting_is_its_formula],
     ),
     (
@@ -265,7 +335,7 @@ MUTANTS = [
             "_context_of",
             lambda real: lambda ctx, name: real(ctx, next(iter(ctx.keys))),
         ),
-        [test_the_sum_is_that_of_each_member_alone],
+        [test_members_sample_for_themselves],
     ),
 ]
 

@@ -50,14 +50,17 @@ def context(seed: int = 0) -> tuple[Any, Context]:
     return noise_keys, Context(model_keys, 0, VOCAB, train=False)
 
 
-def example_of(seed: int = 0) -> Example:
-    return _corruption(PermutationLM.corrupt, PermutationLM._sizes, noise.permute_tokens)(*context(seed))
+def example_of(seed: int = 0, label: int = 0) -> Example:
+    batch = make_batch() | {"pair_labels": jnp.full(ROWS, label)}
+    corrupt = _corruption(PermutationLM.corrupt, PermutationLM._sizes, noise.permute_tokens)
+    keys, ctx = context(seed)
+    return corrupt(keys, batch, ctx)
 
 
 @functools.cache
 def _corruption(*mutable: Any) -> Callable[..., Example]:
     """Compiled once, and again for every mutant."""
-    return jax.jit(lambda keys, ctx: OBJECTIVE.corrupt(keys, make_batch(), ctx))
+    return jax.jit(lambda keys, batch, ctx: OBJECTIVE.corrupt(keys, batch, ctx))
 
 
 @functools.cache
@@ -115,6 +118,33 @@ def test_targets_and_counts() -> None:
     assert seen >= set(range(REUSE)) | {8, 9, 10, 12, 13}
 
 
+def test_whether_b_follows_a_changes_nothing() -> None:
+    for one, other in zip(jax.tree.leaves(example_of(label=0)), jax.tree.leaves(example_of(label=1)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_tokens_that_are_no_targets_see_one_another_and_what_comes_before() -> None:
+    """Of their half no targets and no separators; of the other the second half sees all, and the first nothing."""
+    example = example_of()
+    sees = np.asarray(example.mask.dense(LENGTH, LENGTH))[:, 0]
+    first = np.arange(LENGTH) < REUSE
+    hidden_by_order = 0
+    for b, at, weights in zip(range(ROWS), np.asarray(example.predict), np.asarray(example.weights), strict=True):
+        tokens, length = np.asarray(example.inputs[b]), int(example.mask.segment_ids[b].sum())
+        real, ordinary = np.arange(LENGTH) < length, (np.arange(LENGTH) < length) & (tokens > 3)
+        ordinary[at[weights > 0]] = False
+        for i in np.flatnonzero(ordinary):
+            expected = real & (first if first[i] else ~first) & ordinary
+            np.testing.assert_array_equal(sees[b, i], expected | (~first[i] & first & real))
+        for i in np.flatnonzero(real & ~ordinary):
+            half = first if first[i] else ~first
+            assert sees[b, i][ordinary & half].all()
+            assert sees[b, i, i]
+            assert (sees[b, i] & ~half).sum() == (0 if first[i] else REUSE)
+            hidden_by_order += (~sees[b, i] & half & real).sum()
+    assert hidden_by_order > 3
+
+
 def test_gradients_reach_what_the_order_shows_and_nothing_else() -> None:
     example = example_of()
     table = model().tokens.table[...]
@@ -169,6 +199,25 @@ def test_memory_is_the_reused_tokens_and_has_no_gradient() -> None:
     assert not np.any(gradient)
 
 
+def test_rows_that_are_one_half_are_remembered_whole() -> None:
+    class Asked(Even):
+        """Says how many tokens it was to remember, as the memory."""
+
+        def __init__(self) -> None:
+            self.hidden = self.recurrent = self.init_memory = self.head_hidden = lambda x, **_: x
+
+        def two_streams(self, tokens: Any, predict: Any, *, reuse: Any, **_: Any) -> Any:
+            return None, jnp.zeros((*predict.shape, TINY.width)), reuse
+
+    for objective, remembered in (
+        (PermutationLM(reuse=0), None),
+        (PermutationLM(reuse=4), 4),
+        (PermutationLM(), REUSE),
+    ):
+        models: Any = {"model": Asked()}
+        assert objective.terms(models, example_of(), None, context()[1]).carried == remembered
+
+
 def test_memory_is_seen_where_it_is_valid() -> None:
     example = example_of()
     table = model().tokens.table[...]
@@ -220,7 +269,6 @@ def test_rows_asked_for() -> None:
     assert (rows.fields, rows.bidirectional) == (("word_starts",), True)
     assert not PermutationLM(bidirectional=False).rows(VOCAB, 512).bidirectional
     assert PermutationLM()._sizes(512) == (256, 256, 85)  # the paper's
-    assert PermutationLM(reuse=0, num_predictions=3).rows(VOCAB, 16).reuse == 0
 
 
 @pytest.mark.parametrize(
@@ -229,11 +277,12 @@ def test_rows_asked_for() -> None:
         ({}, Vocabulary(size=16, cls=2), 16, r"the vocabulary lacks \[SEP\]"),
         ({}, Vocabulary(size=16, sep=2), 16, r"the vocabulary lacks \[CLS\]"),
         ({"perm_size": 3}, VOCAB, 16, "perm_size is 3, which does not divide"),
-        ({"reuse": 16}, VOCAB, 16, "reuse is 16, and rows have 16 tokens"),
+        ({"reuse": 12}, VOCAB, 16, r"objective\.reuse is 12, .* rows of 16 tokens.*accepted: 1 to data\.length - 5 = 11"),
+        ({"reuse": 0, "num_predictions": 3}, VOCAB, 16, r"objective\.reuse is 0"),
         ({"num_predictions": 16}, VOCAB, 16, "num_predictions is 16"),
         ({"mask_alpha": 0}, VOCAB, 16, "mask_alpha is 0"),
         ({"max_span": 0}, VOCAB, 16, "max_span is 0"),
-        ({}, VOCAB, 4, "num_predictions is 0"),
+        ({"num_predictions": 0}, VOCAB, 16, "num_predictions is 0"),
     ],
 )
 def test_refuses_what_cannot_be_done(settings: dict[str, Any], vocab: Vocabulary, length: int, message: str) -> None:
@@ -319,6 +368,21 @@ def _all_slots(example: Example) -> Example:
     return dataclasses.replace(example, weights=jnp.ones_like(example.weights))
 
 
+def _reversed(example: Example) -> Example:
+    """A token sees what comes after it."""
+    mask: Any = example.mask
+    later: Any = {"query_rank": -mask.query_rank, "key_rank": -mask.key_rank}
+    return dataclasses.replace(example, mask=dataclasses.replace(mask, **later))
+
+
+def _blind_to_itself(example: Example) -> Example:
+    return dataclasses.replace(example, mask=dataclasses.replace(example.mask, sees_self=False))
+
+
+def _targets_shifted(example: Example) -> Example:
+    return dataclasses.replace(example, targets=jnp.roll(example.targets, 1, axis=1))
+
+
 def _no_reuse(two_streams: Any) -> Any:
     return lambda self, *args, reuse, **options: two_streams(self, *args, reuse=None, **options)
 
@@ -336,11 +400,12 @@ def _both_halves(permute: Any) -> Any:
 
 GRADIENTS = (test_gradients_reach_what_the_order_shows_and_nothing_else,)
 MEMORY = (test_memory_is_the_reused_tokens_and_has_no_gradient,)
+ORDER = (test_tokens_that_are_no_targets_see_one_another_and_what_comes_before,)
 COUNTS = (test_loss_is_the_mean_over_targets_and_nothing_without_any,)
 MUTANTS = [
     (Mutant("memory is not carried", PermutationLM, "terms", _forgets), MEMORY),
     (Mutant("a prediction sees itself", module, "query_mask", _one_later), GRADIENTS),
-    (Mutant("halves are one", noise, "permute_tokens", _both_halves), GRADIENTS),
+    (Mutant("halves are one", noise, "permute_tokens", _both_halves), ORDER),
     (Mutant("rows are remembered whole", XLNet, "two_streams", _no_reuse), MEMORY),
     (Mutant("gradient into memory", jax.lax, "stop_gradient", lambda _: lambda x: x), MEMORY),
     (
@@ -348,6 +413,9 @@ MUTANTS = [
         (test_backward_rows_are_told_to_the_model,),
     ),
     (Mutant("empty slots count", PermutationLM, "corrupt", _changed(_all_slots)), COUNTS),
+    (Mutant("shifted target", PermutationLM, "corrupt", _changed(_targets_shifted)), (test_targets_and_counts,)),
+    (Mutant("the order reversed", PermutationLM, "corrupt", _changed(_reversed)), ORDER),
+    (Mutant("content does not see itself", PermutationLM, "corrupt", _changed(_blind_to_itself)), ORDER),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from lmobj import masks
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import DecoderConfig, XLNetConfig
-from lmobj.objectives import CausalLM, Context, TransformerXL, denominators, step_keys, total_loss
+from lmobj.objectives import CausalLM, Context, TransformerXL, _causal_lm, denominators, step_keys, total_loss
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import Repeats, learn
 
@@ -153,11 +154,22 @@ def _by_document(corrupt: Any) -> Any:
     return lambda self, keys, batch, ctx: CausalLM().corrupt(keys, batch, ctx)
 
 
+def _every_position_counts(corrupt: Any) -> Any:
+    def mutated(*given: Any) -> Any:
+        example = corrupt(*given)
+        return dataclasses.replace(example, weights=jnp.ones_like(example.weights))
+
+    return mutated
+
+
 TARGETS = (test_targets_run_on_from_document_to_document_and_end_with_the_row,)
 CUT = (test_a_text_cut_into_rows_is_the_text,)
 MUTANTS = [
     (Mutant("memory is not carried", TransformerXL, "terms", _forgets), CUT),
     (Mutant("documents by themselves", TransformerXL, "corrupt", _by_document), TARGETS),
+    (Mutant("a mask of both sides", masks, "causal", lambda _: masks.bidirectional), TARGETS),
+    (Mutant("target two ahead", _causal_lm, "_shift_left", lambda f: lambda x: f(f(x))), TARGETS),
+    (Mutant("every position counts", TransformerXL, "corrupt", _every_position_counts), TARGETS),
     (Mutant("memory is invisible", masks.AttentionMask, "with_memory", lambda f: lambda m, v: f(m, v & False)), CUT),
 ]
 
