@@ -277,7 +277,7 @@ def test_rows_asked_for() -> None:
         ({}, Vocabulary(size=16, cls=2), 16, r"the vocabulary lacks \[SEP\]"),
         ({}, Vocabulary(size=16, sep=2), 16, r"the vocabulary lacks \[CLS\]"),
         ({"perm_size": 3}, VOCAB, 16, "perm_size is 3, which does not divide"),
-        ({"reuse": 12}, VOCAB, 16, r"objective\.reuse is 12, .* rows of 16 tokens.*accepted: 1 to data\.length - 5 = 11"),
+        ({"reuse": 12}, VOCAB, 16, r"objective\.reuse is 12, .*accepted: 1 to data\.length - 5 = 11"),
         ({"reuse": 0, "num_predictions": 3}, VOCAB, 16, r"objective\.reuse is 0"),
         ({"num_predictions": 16}, VOCAB, 16, "num_predictions is 16"),
         ({"mask_alpha": 0}, VOCAB, 16, "mask_alpha is 0"),
