@@ -122,6 +122,7 @@ def test_wrong_attention_is_caught_and_ends_with_1(tmp_path: pathlib.Path, capsy
     assert "2 failed, 1 refused" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_objective_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = objectives.total_loss
 
@@ -199,6 +200,7 @@ def test_words_that_name_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureF
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.slow
 def test_a_part_runs_in_a_process_of_its_own() -> None:
     assert device_report.in_child(os.getpid) != os.getpid()
     with pytest.raises(Exception, match="terminated abruptly"):

@@ -141,6 +141,7 @@ def test_after_a_kill_it_goes_on_to_the_same_end(
     assert bench.run(benchmark, quiet=True).rows == result.rows
 
 
+@pytest.mark.slow
 def test_the_written_config_is_itself_a_benchmark(
     tmp_path: pathlib.Path, whole: bench.BenchResult, capsys: pytest.CaptureFixture[str]
 ) -> None:

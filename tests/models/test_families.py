@@ -245,7 +245,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_compiled_program_does_not_grow_with_depth(name: str) -> None:
+def test_the_program_does_not_grow_with_depth(name: str) -> None:
     def instructions(layers: int) -> int:
         config = dataclasses.replace(CONFIGS[name], layers=layers)
         graphdef, params = nnx.split(jax.eval_shape(lambda: config.build(VOCAB, nnx.Rngs(0))))
@@ -253,8 +253,8 @@ def test_compiled_program_does_not_grow_with_depth(name: str) -> None:
         def loss(params: Any, tokens: Any) -> Any:
             return jnp.sum(nnx.merge(graphdef, params).hidden(tokens, mask=natural_mask(name), dropout=SEEDS))
 
-        compiled = jax.jit(jax.grad(loss)).lower(params, random_tokens(3, L)).compile()
-        return len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", compiled.as_text(), re.MULTILINE))
+        program = jax.jit(jax.grad(loss)).lower(params, random_tokens(3, L)).as_text()
+        return len(re.findall(r"^\s+%\S+ = ", program, re.MULTILINE))
 
     few = instructions(6)
     assert few > 100

@@ -161,6 +161,7 @@ def test_members_of_a_mixture_tell_the_classes_of_their_own_sources() -> None:
         Mixture(members=members).check_classes(lambda source: classes["two"])
 
 
+@pytest.mark.slow
 def test_pairs_of_texts_are_told_apart() -> None:
     """Half of the pairs are of one topic: 1 for whoever sees both texts, and 1/2 for whoever sees one."""
     language = PairTopics(task="next_sentence")

@@ -200,6 +200,7 @@ def test_what_cannot_be_done_is_refused(
         kind(**settings).rows(dataclasses.replace(VOCAB, **vocab), 10)
 
 
+@pytest.mark.slow
 def test_next_sentence_is_learnt_beside_masked_words() -> None:
     """Whoever sees both texts knows the label, and of a masked word the topic and the text: one of two synonyms.
 

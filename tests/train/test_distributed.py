@@ -44,6 +44,7 @@ def quick_processes() -> dict[str, str]:
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_stopped_killed_and_resumed_on_other_meshes_and_process_counts(
     corpus: pathlib.Path, tmp_path: pathlib.Path, quick_processes: dict[str, str]

@@ -82,7 +82,10 @@ def test_eight_devices_compute_what_one_does(
 GRADIENTS: list[tuple[exact.DType, tuple[int, ...]]] = [("float64", (4, 8)), ("float32", (8,))]
 
 
-@pytest.mark.parametrize(("dtype", "splits"), GRADIENTS)
+@pytest.mark.parametrize(
+    ("dtype", "splits"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[0] == "float32" else []) for case in GRADIENTS],
+)
 def test_accumulated_gradients_are_those_of_the_batch(
     corpus: pathlib.Path, dtype: exact.DType, splits: tuple[int, ...]
 ) -> None:

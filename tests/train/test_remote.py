@@ -203,6 +203,7 @@ class Mortal(LocalFolder):
             path.unlink() if path.is_file() else super().remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["store", "disk"])
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
 def test_killed_at_every_operation_of_a_save(
@@ -383,6 +384,7 @@ def test_several_processes_are_refused_before_anything_is_in_the_store(
 # --- a full disk --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_disk_that_fills_up_stops_the_run_and_harms_nothing(
     causal: FitResult, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
