@@ -23,6 +23,8 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Int, Key, UInt32
 
+from lmobj.errors import UserError
+
 __all__ = ["LABEL_FIELDS", "Batch", "Layout", "Pairing", "RowSpec", "Vocabulary", "dropout_seeds", "row_keys"]
 
 Batch = dict[str, Array]
@@ -55,6 +57,16 @@ class Vocabulary:
         """Ids of tokens that stand for no text, ascending: corruption leaves them alone. An unknown word is text, and
         padding is told by segment 0, since a vocabulary without it has its id from the unknown word."""
         return self._given(self.bos, self.eos, self.cls, self.sep, self.mask)
+
+    def require(self, who: str, *names: Literal["cls", "sep", "mask"]) -> tuple[int, ...]:
+        """Ids of special tokens that `who` cannot do without. Raises UserError naming those that are missing."""
+        missing = [f"no [{name.upper()}]" for name in names if getattr(self, name) is None]
+        if missing:
+            raise UserError(
+                f"{who} needs {' and '.join(f'[{name.upper()}]' for name in names)}, and the vocabulary has "
+                f"{' and '.join(missing)}; set a tokenizer with {'it' if len(names) == 1 else 'both'}."
+            )
+        return tuple(getattr(self, name) for name in names)
 
     @staticmethod
     def _given(*ids: int | None) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role, Terms
-from lmobj.objectives._row_classes import class_sums, row_specials, row_weights
+from lmobj.objectives._row_classes import class_sums, row_weights
 from lmobj.objectives._tokens import hidden_states
 
 __all__ = ["Entailment"]
@@ -72,8 +72,8 @@ class Entailment(Objective):
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] A [SEP] B [SEP] and `labels`; refuses a vocabulary without these tokens."""
-        prefix, suffix = row_specials(self.name, vocab)
-        return RowSpec("examples", length, prefix, suffix, ("labels",), two_texts=True)
+        cls, sep = vocab.require(f"objective {self.name}", "cls", "sep")
+        return RowSpec("examples", length, (cls,), (sep,), ("labels",), two_texts=True)
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """The rows as they are; [CLS] predicts the label."""

@@ -170,8 +170,7 @@ def check_shares(mask_rate: float, mask_share: float, random_share: float) -> No
 
 def masked_rows(name: str, vocab: Vocabulary, layout: Literal["packed", "single"], length: int) -> RowSpec:
     """[CLS] document [SEP]; refuses a vocabulary without [MASK]."""
-    if vocab.mask is None:
-        raise UserError(f"objective {name} needs a [MASK] token and the vocabulary has none; set a tokenizer with one.")
+    vocab.require(f"objective {name}", "mask")
     prefix = () if vocab.cls is None else (vocab.cls,)
     suffix = () if vocab.sep is None else (vocab.sep,)
     return RowSpec(layout, length, prefix=prefix, suffix=suffix)

@@ -69,11 +69,7 @@ class PermutationLM(Objective):
 
         Refuses a vocabulary without [SEP] or [CLS], and halves that cannot be permuted.
         """
-        if vocab.sep is None or vocab.cls is None:
-            raise UserError(
-                "objective permutation_lm needs [SEP] and [CLS] tokens and the vocabulary lacks "
-                f"{'[SEP]' if vocab.sep is None else '[CLS]'}; set a tokenizer with both."
-            )
+        sep, cls = vocab.require("objective permutation_lm", "sep", "cls")
         reuse, perm_size, predictions = self._sizes(length)
         if not 1 <= reuse <= length - 5:
             raise UserError(
@@ -85,7 +81,7 @@ class PermutationLM(Objective):
             "stream_pairs",
             length,
             prefix=() if vocab.eos is None else (vocab.eos,),
-            suffix=(vocab.sep, vocab.cls),
+            suffix=(sep, cls),
             fields=("word_starts",),
             reuse=reuse,
             bidirectional=self.bidirectional,

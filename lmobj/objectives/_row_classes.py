@@ -6,24 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmobj import losses
-from lmobj.batch import Batch, Vocabulary
-from lmobj.errors import UserError
+from lmobj.batch import Batch
 from lmobj.objectives._objective import Metric
 
-__all__ = ["class_sums", "row_specials", "row_weights"]
-
-
-def row_specials(name: str, vocab: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(prefix, suffix) of rows [CLS] A [SEP] B [SEP]; refuses a vocabulary that lacks either."""
-    missing = [token for token, number in (("[CLS]", vocab.cls), ("[SEP]", vocab.sep)) if number is None]
-    if missing:
-        raise UserError(
-            f"objective {name} reads [CLS] A [SEP] B [SEP], and the vocabulary has no {' and no '.join(missing)}; "
-            "set a tokenizer with both."
-        )
-    assert vocab.cls is not None
-    assert vocab.sep is not None
-    return (vocab.cls,), (vocab.sep,)
+__all__ = ["class_sums", "row_weights"]
 
 
 def row_weights(batch: Batch) -> Float[Array, " B"]:

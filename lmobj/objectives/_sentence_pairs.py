@@ -27,7 +27,7 @@ from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
 from lmobj.objectives._masked_lm import MaskedLM, masked_rows, masked_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role, Terms
-from lmobj.objectives._row_classes import class_sums, row_specials, row_weights
+from lmobj.objectives._row_classes import class_sums, row_weights
 from lmobj.objectives._tokens import hidden_states
 
 __all__ = ["NextSentencePrediction", "SentenceOrderPrediction"]
@@ -79,16 +79,16 @@ class _SentencePairs(Objective):
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] A [SEP] B [SEP]; refuses a vocabulary without them, and what masked LM refuses."""
-        prefix, suffix = row_specials(self.name, vocab)
+        cls, sep = vocab.require(f"objective {self.name}", "cls", "sep")
         fields: tuple[str, ...] = ()
         if self.masked_lm is not None:
             fields = self.masked_lm.row_fields
             try:
                 masked_rows(self.masked_lm.name, vocab, self.masked_lm.layout, length)
-                self.masked_lm.check_room(length, len(prefix) + 2 * len(suffix))
+                self.masked_lm.check_room(length, specials=3)
             except UserError as error:
                 raise UserError(f"objective.masked_lm: {error}") from error
-        return RowSpec("pairs", length, prefix, suffix, fields, pairing=self.PAIRING, short_rate=self.short_rate)
+        return RowSpec("pairs", length, (cls,), (sep,), fields, pairing=self.PAIRING, short_rate=self.short_rate)
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """Masks tokens of A and B alike, without regard to the label."""

@@ -86,7 +86,8 @@ def test_every_registered_objective_has_a_case() -> None:
     assert {name.split("/")[0] for name in CASES} == set(objectives.REGISTRY)
 
 
-@pytest.mark.parametrize("bench", [_param(name, slow=name != "causal_lm") for name in SYSTEMS], indirect=True)
+@pytest.mark.slow
+@systems
 def test_jit_equals_eager(bench: Bench) -> None:
     with jax.disable_jit():
         eager, _ = bench.loss(bench.params, bench.batch, bench.key)

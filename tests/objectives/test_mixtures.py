@@ -158,6 +158,7 @@ def test_sampled_rows_are_shared_in_proportion() -> None:
         mixture.member_rows(1)
 
 
+@pytest.mark.slow
 def test_members_of_other_sizes_train_alike() -> None:
     """Batches of six and two rows: microbatches give the update of the whole, that of each s, from 0, included."""
     case = dataclasses.replace(

@@ -274,8 +274,8 @@ def test_rows_asked_for() -> None:
 @pytest.mark.parametrize(
     ("settings", "vocab", "length", "message"),
     [
-        ({}, Vocabulary(size=16, cls=2), 16, r"the vocabulary lacks \[SEP\]"),
-        ({}, Vocabulary(size=16, sep=2), 16, r"the vocabulary lacks \[CLS\]"),
+        ({}, Vocabulary(size=16, cls=2), 16, r"the vocabulary has no \[SEP\]; set"),
+        ({}, Vocabulary(size=16, sep=2), 16, r"the vocabulary has no \[CLS\]; set"),
         ({"perm_size": 3}, VOCAB, 16, "perm_size is 3, which does not divide"),
         ({"reuse": 12}, VOCAB, 16, r"objective\.reuse is 12, .*accepted: 1 to data\.length - 5 = 11"),
         ({"reuse": 0, "num_predictions": 3}, VOCAB, 16, r"objective\.reuse is 0"),

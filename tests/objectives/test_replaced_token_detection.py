@@ -230,7 +230,7 @@ def test_dropout_reaches_both_and_samples_have_seeds_of_their_own() -> None:
         ({"temperature": 0.0}, VOCAB, 16, r"temperature is 0\.0"),
         ({"mask_rate": 0.9}, VOCAB, 8, r"selects 7 of the 6 ordinary tokens in a row of data\.length 8"),
         ({}, VOCAB, 3, "selects 1 of the 1 ordinary tokens"),
-        ({}, Vocabulary(size=16), 16, r"needs a \[MASK\] token"),
+        ({}, Vocabulary(size=16), 16, r"needs \[MASK\]"),
     ],
 )
 def test_what_cannot_be_done_is_refused(settings: dict[str, Any], vocab: Vocabulary, length: int, message: str) -> None:
