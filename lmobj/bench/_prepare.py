@@ -26,6 +26,7 @@ from lmobj.train.summary import check_samples
 __all__ = ["Prepared", "Say", "prepare"]
 
 Say = Callable[[str], None]
+_UNDECIDED = 10**9
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ def prepare(benchmark: Benchmark, folder: Path, say: Say, *, quiet: bool) -> Pre
 
 
 def _assembled(arm: str, base: Experiment, quiet: bool) -> Assembly:
-    """The parts of an arm's run, as its file has them; the budget changes nothing but their number of steps."""
+    """The parts of an arm's run, with more steps than any schedule asks for: the budget will decide how many."""
+    undecided = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=_UNDECIDED))
     with _named(f"arm {arm}"):
-        parts = assemble(base, quiet=quiet)
+        parts = assemble(undecided, quiet=quiet)
         check_samples(parts)
     return parts
 

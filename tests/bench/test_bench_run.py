@@ -340,13 +340,13 @@ def test_what_cannot_work_is_told_before_training_and_leaves_the_folder_free(
     monkeypatch.setattr(_run, "fit", begin)
     folder = tmp_path / "free"
     arms = _benchmark(corpus, folder).arms
-    schedule = {"optimizer": {"schedule": {"name": "constant", "peak": 1e-3, "warmup_steps": 50}}}
+    schedule = {"optimizer": {"schedule": {"name": "constant", "peak": 1e-3, "warmup_steps": 5000}}}
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("".join(f"{'the old river ' * 20}\tthe quick fox\t{i % 2}\n" for i in range(10)))
     probe = {"name": "tsv", "train": [str(pairs)], "pair": 1, "label": 2}
     for changes, message in (
         ({"arms": {**arms, "mlm": {**arms["mlm"], "train": schedule}}},
-         r"arm mlm, for 6 steps of which budget.tokens pays: .*warmup_steps is 50, longer than the 6 steps"),
+         r"arm mlm, for 6 steps of which budget.tokens pays: .*warmup_steps is 5000, longer than the 6 steps"),
         ({"probe": {**probe, "length": 64}},
          r"arm clm: probe.length is 64, .* rows of 64 tokens: model.max_length is 32"),
         ({"probe": {**probe, "length": 4}},
