@@ -57,7 +57,8 @@ class Shape:
             return DecoderConfig(**sizes)
         if objective == "replaced_token_detection":
             return ElectraConfig(**sizes, embedding_width=self.width // 2, generator_fraction=0.25)
-        return EncoderConfig(**sizes, embedding_width=self.width // 2)
+        # Span boundary scores whole hidden states against the embeddings.
+        return EncoderConfig(**sizes, embedding_width=None if objective == "span_boundary" else self.width // 2)
 
 
 def make_batch(rows: RowSpec, shape: Shape) -> dict[str, jax.Array]:
