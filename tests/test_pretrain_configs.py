@@ -29,13 +29,7 @@ FILES = sorted((pathlib.Path(__file__).parent.parent / "configs" / "pretrain").g
 BASES = ("bert_base", "electra_base", "gpt2_124m")
 """The others are slow tests."""
 every_config = pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            p, id=p.stem, marks=[pytest.mark.xdist_group(p.stem), *([] if p.stem in BASES else [pytest.mark.slow])]
-        )
-        for p in FILES
-    ],
+    "path", [pytest.param(p, id=p.stem, marks=[] if p.stem in BASES else [pytest.mark.slow]) for p in FILES]
 )
 DEVICES = 8
 DEVICE_BYTES = 80 * 2**30

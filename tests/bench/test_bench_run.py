@@ -28,8 +28,6 @@ from lmobj.objectives import CausalLM, MaskedLM
 from lmobj.train import Halted, assemble
 from lmobj.train.tracking import Tracker, read_metrics
 
-pytestmark = pytest.mark.xdist_group("bench")  # they share a run
-
 _ROWS, _STEPS = 4, 6
 
 

@@ -12,8 +12,6 @@ import yaml
 from lmobj.cli import main
 from lmobj.train.tracking import read_metrics
 
-pytestmark = pytest.mark.xdist_group("runs")  # they share a run
-
 Captured = pytest.CaptureFixture[str]
 
 _CONFIG = """

@@ -55,9 +55,8 @@ SYSTEMS = ["causal_lm", "masked_lm", "permutation_lm", "replaced_token_detection
 
 
 def _param(*values: Any, slow: bool = False) -> Any:
-    """A case and perhaps a value. All tests of a case run in one process, which compiles its functions once."""
-    marks = [pytest.mark.xdist_group(values[0]), *([pytest.mark.slow] if slow else [])]
-    return pytest.param(*values, marks=marks, id="-".join(map(str, values)))
+    """A case and perhaps a value."""
+    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [], id="-".join(map(str, values)))
 
 
 def cases(names: list[str], slow: bool = False) -> pytest.MarkDecorator:

@@ -245,6 +245,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., config.E
     return lambda run, *overrides: config.load(file, [f"run={run}", *overrides])
 
 
+@pytest.mark.slow
 def test_a_run_reads_each_source_and_resumes_to_the_bit(
     settings: Callable[..., config.Experiment], tmp_path: pathlib.Path
 ) -> None:

@@ -228,7 +228,6 @@ def test_rows_asked_for() -> None:
     assert (rows.layout, rows.prefix, rows.suffix, rows.fields) == ("single", (4,), (5,), ("word_starts",))
 
 
-@pytest.mark.slow
 @dataclass(frozen=True)
 class Counting(_Language):
     """Each row counts up from a word of its own, modulo `words`; a token is any word at all with chance `surprise`.
@@ -252,6 +251,7 @@ class Counting(_Language):
         return _batch(FIRST + tokens, word_starts=np.ones(shape, bool))
 
 
+@pytest.mark.slow
 def test_spans_are_learnt_in_place_and_from_their_borders() -> None:
     language = Counting()
     objective = SpanBoundary(

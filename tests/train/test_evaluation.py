@@ -24,7 +24,7 @@ from lmobj.train import Assembly, FitResult, assemble
 from lmobj.train.evaluation import Evaluation, readable
 from lmobj.train.sharding import MeshConfig
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.xdist_group("evaluation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def assembled(corpus: pathlib.Path, kind: Kind, **changes: Any) -> Assembly:
