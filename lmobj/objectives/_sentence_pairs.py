@@ -25,7 +25,7 @@ from lmobj import masks
 from lmobj.batch import Batch, Pairing, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
-from lmobj.objectives._masked_lm import MaskedLM, masked_rows, masked_terms
+from lmobj.objectives._masked_lm import MaskedLM, masked_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role, Terms
 from lmobj.objectives._row_classes import class_sums, row_weights
 from lmobj.objectives._tokens import hidden_states
@@ -84,7 +84,7 @@ class _SentencePairs(Objective):
         if self.masked_lm is not None:
             fields = self.masked_lm.row_fields
             try:
-                masked_rows(self.masked_lm.name, vocab, self.masked_lm.layout, length)
+                vocab.require(f"objective {self.masked_lm.name}", "mask")
                 self.masked_lm.check_room(length, specials=3)
             except UserError as error:
                 raise UserError(f"objective.masked_lm: {error}") from error

@@ -123,9 +123,9 @@ class Program:
         """One global batch: prepare, then one or more updates. Metrics are (sum, weight) pairs.
 
         Updates that the guard finds bad change nothing; the batch counts as consumed all the same, and what the
-        objective carries goes on from it where it is finite. `skipped` is the
-        number of such updates in the whole run, and the verdict on this step's first bad one is under `GUARD`, beside
-        the number of updates that the optimizer had made before the step.
+        objective carries goes on from it where it is finite. `skipped` is the number of such updates in the whole run,
+        and the verdict on this step's first bad one is under `GUARD`, beside the number of updates that the optimizer
+        had made before the step.
         """
         ctx = self._context(batch, state, update=0, train=True)[1]
         batch = self.objective.prepare(self._models(state.params, frozen), batch, ctx)
