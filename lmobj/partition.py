@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -19,13 +20,14 @@ __all__ = ["DEFAULT_RULES", "Rules", "constrain", "constrain_to", "mesh_axes", "
 Rules = Mapping[str, tuple[str, ...]]
 
 DEFAULT_RULES: Rules = {
-    "batch": ("data", "fsdp"),
-    "length": (),
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("sequence",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "head_dim": (),
+    "experts": ("expert",),
     "layers": (),
     "positions": (),
     "activation_embed": (),
@@ -69,11 +71,21 @@ def spec(axes: Sequence[str | None], table: Rules, *, rank: int | None = None) -
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Ask the partitioner to lay out `x` by its logical axes; the identity where no rules are active."""
+    """Ask the partitioner to lay out `x` by its logical axes; the identity without active rules and mesh.
+
+    A dimension that its mesh axes do not divide stays whole.
+
+    Raises:
+      ValueError: a name that the rules do not hold.
+    """
     table = _ACTIVE.get()
-    if table is None:
+    if table is None or jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, table, rank=x.ndim))
+    entries = []
+    for size, names in zip(x.shape, spec(axes, table, rank=x.ndim), strict=True):
+        cut = _automatic(names or ())
+        entries.append(tuple(cut) if size % math.prod(cut.values()) == 0 else ())
+    return constrain_to(x, entries)
 
 
 def mesh_axes(name: str) -> dict[str, int]:
@@ -82,11 +94,15 @@ def mesh_axes(name: str) -> dict[str, int]:
     Holds only axes longer than 1 that the partitioner handles (axis type Auto). Empty without rules or without a mesh,
     and for a name that the rules do not hold.
     """
-    table, mesh = _ACTIVE.get(), jax.sharding.get_abstract_mesh()
-    if table is None or mesh.empty:
-        return {}
-    automatic = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
-    return {axis: mesh.shape[axis] for axis in table.get(name, ()) if axis in automatic and mesh.shape[axis] > 1}
+    table = _ACTIVE.get()
+    return {} if table is None else _automatic(table.get(name, ()))
+
+
+def _automatic(names: Sequence[str]) -> dict[str, int]:
+    """Those of the mesh axes that are longer than 1 and the partitioner's, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {axis: mesh.shape[axis] for axis in names if kinds.get(axis) == AxisType.Auto and mesh.shape[axis] > 1}
 
 
 def constrain_to(x: jax.Array, dims: Sequence[tuple[str, ...] | None]) -> jax.Array:

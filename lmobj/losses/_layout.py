@@ -1,6 +1,7 @@
 """How tokens and vocabulary are cut over devices while the blockwise losses run.
 
-Tokens are cut over the mesh axes of `batch`; the table over those of `vocab` and `embed`. Three kinds of cut follow:
+Tokens are cut over the mesh axes of `batch` and `length`; the table over those of `vocab` and `embed`. Three kinds of
+cut follow:
 
     rows (x)     axes of the tokens alone: each device has its own tokens and the whole table
     columns (t)  axes of the table alone: each device has all tokens and its own part of the vocabulary
@@ -35,11 +36,17 @@ A = TypeVar("A", jax.Array, np.ndarray)
 
 @dataclass(frozen=True)
 class Layout:
-    """The mesh axes, with sizes, of the tokens' first axis and of the table's two axes, each major first."""
+    """The mesh axes, with sizes, of the tokens' first two axes and of the table's two axes, each major first."""
 
     batch: _Axes = ()
     vocab: _Axes = ()
     embed: _Axes = ()
+    length: _Axes = ()
+
+    @property
+    def tokens(self) -> _Axes:
+        """Axes that cut the tokens in any way."""
+        return self.batch + self.length
 
     @property
     def table(self) -> _Axes:
@@ -49,17 +56,17 @@ class Layout:
     @property
     def ring(self) -> _Axes:
         """Axes of both tokens and table."""
-        return tuple(axis for axis in self.table if axis in self.batch)
+        return tuple(axis for axis in self.table if axis in self.tokens)
 
     @property
     def rows(self) -> _Axes:
         """Axes of the tokens alone."""
-        return tuple(axis for axis in self.batch if axis not in self.table)
+        return tuple(axis for axis in self.tokens if axis not in self.table)
 
     @property
     def columns(self) -> _Axes:
         """Axes of the table alone."""
-        return tuple(axis for axis in self.table if axis not in self.batch)
+        return tuple(axis for axis in self.table if axis not in self.tokens)
 
     @property
     def ring_size(self) -> int:
@@ -69,7 +76,7 @@ class Layout:
     @property
     def token_parts(self) -> int:
         """Number of parts into which the tokens are cut."""
-        return _size(self.batch)
+        return _size(self.tokens)
 
     @property
     def vocab_parts(self) -> int:
@@ -78,25 +85,29 @@ class Layout:
 
     def part_numbers(self) -> np.ndarray:
         """[g, t]: which part of the vocabulary each device has, counted from its first class."""
-        return _split(np.arange(self.vocab_parts), self.table, (self.ring, self.columns))[..., 0]
+        return _split(np.arange(self.vocab_parts), (self.table,), (self.ring, self.columns))[..., 0]
 
     def split_tokens(self, x: jax.Array) -> jax.Array:
-        """[B, ...] -> [g, x, B/gx, ...]."""
-        return self.place(_split(x, self.batch, (self.ring, self.rows)), "gx")
+        """[B, ...] -> [g, x, B/gx, ...], or where the length is cut [B, L, ...] -> [g, x, B/.., L/.., ...]."""
+        return self.place(_split(x, self._token_cuts, (self.ring, self.rows)), "gx")
 
     def merge_tokens(self, x: jax.Array) -> jax.Array:
         """[g, x, B/gx, ...] -> [B, ...]; undoes `split_tokens`."""
-        return _merge(self.place(x, "gx"), self.batch, (self.ring, self.rows))
+        return _merge(self.place(x, "gx"), self._token_cuts, (self.ring, self.rows))
+
+    @property
+    def _token_cuts(self) -> tuple[_Axes, ...]:
+        return (self.batch, self.length) if self.length else (self.batch,)
 
     def split_vocab(self, x: jax.Array) -> jax.Array:
         """[V, ...] -> [g, t, V/gt, ...], still where it is stored: blocks of it are placed one by one."""
-        x = _split(x, self.table, (self.ring, self.columns))
+        x = _split(x, (self.table,), (self.ring, self.columns))
         # A table left free would be moved whole before the loop, for the sake of its blocks.
         return self.store(x, width=True) if x.ndim == 4 else x
 
     def merge_vocab(self, x: jax.Array) -> jax.Array:
         """[g, t, V/gt, ...] -> [V, ...]; undoes `split_vocab`."""
-        return _merge(self.store(x, width=x.ndim == 4), self.table, (self.ring, self.columns))
+        return _merge(self.store(x, width=x.ndim == 4), (self.table,), (self.ring, self.columns))
 
     def place(self, x: jax.Array, dims: Sequence[str]) -> jax.Array:
         """Lay the leading dimensions of `x` over the cuts `dims`, and leave the others to the partitioner."""
@@ -109,22 +120,29 @@ class Layout:
         return self._constrain(x, cuts, self.embed if width else None)
 
     def _constrain(self, x: jax.Array, leading: Sequence[_Axes], last: _Axes | None = None) -> jax.Array:
-        if not self.batch and not self.table:
+        if not self.tokens and not self.table:
             return x
         between = x.ndim - len(leading) - (last is not None)
         cuts = [*leading, *[None] * between, *([] if last is None else [last])]
         return partition.constrain_to(x, [None if cut is None else tuple(name for name, _ in cut) for cut in cuts])
 
 
-def active_layout(tokens: int, table: tuple[int, ...]) -> Layout:
-    """The layout under the active rules, for `tokens` rows of a batch and a table of that shape.
+def active_layout(tokens: tuple[int, ...], table: tuple[int, ...]) -> Layout:
+    """The layout under the active rules, for tokens [B, ...] and a table of that shape.
 
-    Where mesh axes do not divide a dimension the arrays cannot be cut so, and all is left to the partitioner.
+    Where mesh axes do not divide a dimension the arrays cannot be cut so, and all is left to the partitioner; but a
+    length that is not divided (the predictions of a row, say) is left whole.
     """
-    layout = Layout(*(tuple(partition.mesh_axes(name).items()) for name in ("batch", "vocab", "embed")))
+    batch, length, vocab, embed = (
+        tuple(partition.mesh_axes(name).items()) for name in ("batch", "length", "vocab", "embed")
+    )
     # As in `partition.spec`: a mesh axis cuts an array once.
-    layout = Layout(layout.batch, layout.vocab, tuple(axis for axis in layout.embed if axis not in layout.vocab))
-    if tokens % layout.token_parts or table[0] % layout.vocab_parts or table[1] % _size(layout.embed):
+    embed = tuple(axis for axis in embed if axis not in vocab)
+    length = tuple(axis for axis in length if axis not in batch)
+    if len(tokens) < 2 or tokens[1] % _size(length):
+        length = ()
+    layout = Layout(batch, vocab, embed, length)
+    if tokens[0] % _size(batch) or table[0] % layout.vocab_parts or table[1] % _size(embed):
         return Layout()
     return layout
 
@@ -133,24 +151,39 @@ def _size(axes: _Axes) -> int:
     return math.prod(size for _, size in axes)
 
 
-def _order(axes: _Axes, groups: tuple[_Axes, _Axes]) -> list[int]:
-    """The permutation from `axes` to the members of `groups`, one group after the other."""
-    return [axes.index(axis) for group in groups for axis in group]
-
-
-def _split(x: A, axes: _Axes, groups: tuple[_Axes, _Axes]) -> A:
+def _split(x: A, cuts: tuple[_Axes, ...], groups: tuple[_Axes, _Axes]) -> A:
+    """[N_1, N_2, ...] -> [groups, N_1/.., N_2/.., ...], where `cuts` are the mesh axes of each leading dimension."""
     # One dimension per mesh axis first: the partitioner keeps such a reshape on the device, whatever the order.
-    sizes = [size for _, size in axes]
-    x = x.reshape(*sizes, x.shape[0] // _size(axes), *x.shape[1:])
-    order = _order(axes, groups)
+    parts = [size for axes, whole in zip(cuts, x.shape, strict=False) for size in (*_sizes(axes), whole // _size(axes))]
+    x = x.reshape(*parts, *x.shape[len(cuts) :])
+    order = _order(cuts, groups)
     x = x.transpose(*order, *range(len(order), x.ndim))
-    return x.reshape(_size(groups[0]), _size(groups[1]), *x.shape[len(order) :])
+    rest = sum(map(len, groups))
+    return x.reshape(_size(groups[0]), _size(groups[1]), *x.shape[rest:])
 
 
-def _merge(x: jax.Array, axes: _Axes, groups: tuple[_Axes, _Axes]) -> jax.Array:
-    sizes = [size for group in groups for _, size in group]
-    x = x.reshape(*sizes, *x.shape[2:])
-    order = _order(axes, groups)
+def _merge(x: jax.Array, cuts: tuple[_Axes, ...], groups: tuple[_Axes, _Axes]) -> jax.Array:
+    """Undoes `_split`."""
+    local = x.shape[2 : 2 + len(cuts)]
+    x = x.reshape(*(size for group in groups for size in _sizes(group)), *x.shape[2:])
+    order = _order(cuts, groups)
     inverse = [order.index(i) for i in range(len(order))]
     x = x.transpose(*inverse, *range(len(order), x.ndim))
-    return x.reshape(math.prod(sizes) * x.shape[len(order)], *x.shape[len(order) + 1 :])
+    whole = [_size(axes) * size for axes, size in zip(cuts, local, strict=True)]
+    return x.reshape(*whole, *x.shape[len(order) :])
+
+
+def _sizes(axes: _Axes) -> list[int]:
+    return [size for _, size in axes]
+
+
+def _order(cuts: tuple[_Axes, ...], groups: tuple[_Axes, _Axes]) -> list[int]:
+    """The permutation that brings the mesh axes of every dimension to the front, by groups, before what is left."""
+    places: dict[tuple[str, int], int] = {}
+    left = []
+    at = 0
+    for axes in cuts:
+        places.update((axis, at + i) for i, axis in enumerate(axes))
+        at += len(axes) + 1
+        left.append(at - 1)
+    return [places[axis] for group in groups for axis in group] + left

@@ -90,7 +90,7 @@ def plan_blocks(
     block_size: int | None,
 ) -> Plan:
     """How the vocabulary is gone through, under the active mesh and rules."""
-    layout = active_layout(hidden.shape[0], table.shape)
+    layout = active_layout(hidden.shape[:-1], table.shape)
     if block_size is None:
         block_size = _default_block_size(layout, math.prod(hidden.shape[:-1]), table.shape[0])
     blocks = choose_blocks(table.shape[0] // layout.vocab_parts, block_size)

@@ -31,7 +31,7 @@ from lmobj.models._heads import HeadStyle
 from lmobj.models._layers import DTypeName, Embedding, Linear, output_head, pad_vocabulary, uniform
 from lmobj.models._protocol import OutputHead
 from lmobj.models._settings import at_least, check_rates, resolve_dtype
-from lmobj.partition import constrain
+from lmobj.partition import constrain, mesh_axes
 
 __all__ = ["GRUConfig", "GRULanguageModel"]
 
@@ -198,6 +198,11 @@ class GRULanguageModel(nnx.Module):
         dropout: UInt32[Array, " B"] | None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "n B D"]]:
         """Every layer, from embeddings to the last one's outputs and all layers' states."""
+        if mesh_axes("length"):
+            raise UserError(
+                f"model.name is gru, which reads a row token by token, and the mesh cuts rows over "
+                f"{', '.join(mesh_axes('length'))}; set train.mesh.sequence=1."
+            )
         graphdef, params = nnx.split(self.layers)
         config = self.config
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from lmobj.models._protocol import OutputHead
-from lmobj.partition import constrain
+from lmobj.partition import constrain, constrain_to, mesh_axes
 
 __all__ = [
     "ACTIVATIONS",
@@ -104,11 +104,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=bias_axes) if bias else None
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        # A product of two matrices: with more axes, XLA's CPU backend takes twice as long over the kernel's gradient.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        shape = x.shape
+        if not mesh_axes("length"):  # rows and length that are both cut over devices cannot be one axis
+            # A product of two matrices: with more axes, XLA's CPU backend takes twice as long over the kernel's
+            # gradient.
+            x = x.reshape(-1, shape[-1])
+        y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*shape[:-1], -1)
 
 
 class LayerNorm(nnx.Module):

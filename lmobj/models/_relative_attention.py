@@ -20,6 +20,7 @@ from lmobj.attention import attention
 from lmobj.masks import AttentionMask
 from lmobj.models._block import ATTENTION_OUT, MLP_OUT, BlockSpec, drop, make_norm
 from lmobj.models._layers import ACTIVATIONS, MLP, Init, Linear
+from lmobj.partition import mesh_axes
 
 __all__ = ["Biases", "Queries", "RelativeBlock", "RelativeCall", "distances", "sinusoids"]
 
@@ -141,10 +142,11 @@ class RelativeAttention(nnx.Module):
         precise = jnp.promote_types(q.dtype, jnp.float32)
         every = jnp.einsum(f"bqhd,{of_distance}->bhqp", q, keys.r, preferred_element_type=precise)
         B, H, Q, _ = every.shape
-        if queries.places is None:
+        if queries.places is None and not mesh_axes("length"):
             # With its first Q entries cut off, the flat array has rows that are one shorter: the window moves.
             return every.reshape(B, H, Q * P)[..., Q:].reshape(B, H, Q, P - 1)[..., :S]
-        number = length - queries.places[..., None] + jnp.arange(S)
+        places = jnp.arange(Q)[None] if queries.places is None else queries.places
+        number = length - places[..., None] + jnp.arange(S)
         return jnp.take_along_axis(every, jnp.minimum(number, P - 1)[:, None], axis=-1)
 
     def _of_segments(self, q: Float[Array, "B Q H Dh"], other: Bool[Array, "B Q S"]) -> Float[Array, "B H Q S"]:

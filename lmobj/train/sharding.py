@@ -1,7 +1,7 @@
 """Where every array of a run lives: the device mesh, and the sharding of parameters, optimizer state and batches.
 
-Parameters carry logical axis names; the table of rules (`lmobj.partition`) maps the names to the mesh axes
-`data`, `fsdp` and `tensor`. Everything here follows from those two, and nothing else in the trainer names a mesh axis.
+Parameters carry logical axis names; the table of rules (`lmobj.partition`) maps the names to the `MESH_AXES`. Everything
+here follows from those two, and nothing else in the trainer names a mesh axis.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 """Every mesh axis, outermost first: neighbours in `tensor` are the closest devices."""
 
 T = TypeVar("T")
@@ -54,6 +54,10 @@ class MeshConfig:
     """Replicas, each with its own rows; -1 or at least 1."""
     fsdp: int = 1
     """Devices that share the rows and the parameters of a replica between them; -1 or at least 1."""
+    expert: int = 1
+    """Devices that share the rows and the experts of a mixture of experts between them; -1 or at least 1."""
+    sequence: int = 1
+    """Devices that split the length of each row (context parallel); -1 or at least 1."""
     tensor: int = 1
     """Devices that split each layer's heads, mlp and vocabulary; -1 or at least 1."""
 
@@ -67,7 +71,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices`, by default all of them, with automatic axis types.
+    """The mesh (`MESH_AXES`) over `devices`, by default all of them, with automatic axis types.
 
     Fixed sizes may use fewer devices than there are, if they divide their number and there is one process.
 

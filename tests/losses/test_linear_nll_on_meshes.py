@@ -17,31 +17,33 @@ from jax.sharding import PartitionSpec as P
 from lmobj import compat, losses, partition
 from lmobj.losses._layout import Layout, active_layout
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 CLASSES, WIDTH = 96, 8
-BY_WIDTH = partition.DEFAULT_RULES
+BY_WIDTH = dict(partition.DEFAULT_RULES, batch=("data", "fsdp"))
 """A table cut over `fsdp` by its width."""
 BY_CLASS = dict(BY_WIDTH, vocab=("tensor", "fsdp"))
 REVERSED = dict(BY_WIDTH, vocab=("fsdp", "tensor"), batch=("fsdp", "data"), embed=())
+SHARED = dict(BY_WIDTH, embed=("fsdp", "sequence"))
+"""The devices that split a row's length share the table too."""
 
 
-def mesh_of(shape: tuple[int, int, int]) -> Mesh:
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+def mesh_of(shape: tuple[int, ...]) -> Mesh:
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def make_arrays(dtype: Any) -> tuple[jax.Array, ...]:
     """hidden, table, bias, targets, weights. Every third class, and the last four, are no targets."""
     keys = jax.random.split(jax.random.key(0), 5)
     return (
-        jax.random.normal(keys[0], (8, 3, WIDTH), dtype),
+        jax.random.normal(keys[0], (8, 4, WIDTH), dtype),
         jax.random.normal(keys[1], (CLASSES, WIDTH), dtype),
         jax.random.normal(keys[2], (CLASSES,), dtype),
-        jax.random.randint(keys[3], (8, 3), 0, 30) * 3,
-        jax.random.uniform(keys[4], (8, 3), dtype),
+        jax.random.randint(keys[3], (8, 4), 0, 30) * 3,
+        jax.random.uniform(keys[4], (8, 4), dtype),
     )
 
 
-NAMES = (("batch", None, None), ("vocab", "embed"), ("vocab",), ("batch",), ("batch",))
+NAMES = (("batch", "length", None), ("vocab", "embed"), ("vocab",), ("batch", "length"), ("batch", "length"))
 
 
 def loss(hidden: jax.Array, table: jax.Array, bias: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
@@ -70,7 +72,7 @@ def on_one_device() -> Any:
 
 
 def compile_for(
-    shape: tuple[int, int, int], rules: partition.Rules, *, active: bool = True
+    shape: tuple[int, ...], rules: partition.Rules, *, active: bool = True
 ) -> tuple[jax.stages.Compiled, list[jax.Array]]:
     """The compiled value and gradients with every array stored by `rules`, and its arguments."""
     mesh = mesh_of(shape)
@@ -85,22 +87,26 @@ def compile_for(
 @pytest.mark.parametrize(
     ("shape", "rules"),
     [
-        pytest.param((8, 1, 1), BY_WIDTH, id="data"),
-        pytest.param((1, 8, 1), BY_WIDTH, id="fsdp"),
-        pytest.param((1, 8, 1), BY_CLASS, id="fsdp by class"),
-        pytest.param((1, 1, 8), BY_WIDTH, id="tensor"),
-        pytest.param((2, 2, 2), BY_WIDTH, id="all three"),
-        pytest.param((2, 2, 2), BY_CLASS, id="all three by class"),
-        pytest.param((2, 2, 2), REVERSED, id="all three, axes the other way round"),
+        pytest.param((8, 1, 1, 1), BY_WIDTH, id="data"),
+        pytest.param((1, 8, 1, 1), BY_WIDTH, id="fsdp"),
+        pytest.param((1, 8, 1, 1), BY_CLASS, id="fsdp by class"),
+        pytest.param((2, 1, 4, 1), BY_WIDTH, id="sequence"),
+        pytest.param((2, 1, 4, 1), SHARED, id="sequence, with the table"),
+        pytest.param((1, 1, 1, 8), BY_WIDTH, id="tensor"),
+        pytest.param((2, 2, 1, 2), BY_WIDTH, id="data, fsdp and tensor"),
+        pytest.param((2, 2, 1, 2), BY_CLASS, id="data, fsdp and tensor by class"),
+        pytest.param((2, 2, 1, 2), REVERSED, id="data, fsdp and tensor, axes the other way round"),
+        pytest.param((1, 2, 2, 2), SHARED, id="fsdp, sequence and tensor"),
     ],
 )
-def test_layouts_equal_one_device_and_gather_nothing(shape: tuple[int, int, int], rules: partition.Rules) -> None:
+def test_layouts_equal_one_device_and_gather_nothing(shape: tuple[int, ...], rules: partition.Rules) -> None:
     with jax.enable_x64(True):
         compiled, arrays = compile_for(shape, rules)
         text = str(compiled.as_text())
         assert "all-gather" not in text
-        # Under fsdp the table goes round a ring instead.
-        assert ("collective-permute" in text) == (shape[1] > 1)
+        # What cuts both tokens and table sends the table round a ring instead.
+        ring = [axis for axis in rules["embed"] + rules["vocab"] if axis != "tensor" and shape[AXES.index(axis)] > 1]
+        assert ("collective-permute" in text) == bool(ring)
         for x, y in zip(jax.tree.leaves(compiled(*arrays)), jax.tree.leaves(on_one_device()), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
 
@@ -108,7 +114,7 @@ def test_layouts_equal_one_device_and_gather_nothing(shape: tuple[int, int, int]
 def test_without_rules_the_partitioner_gathers_under_fsdp() -> None:
     # What the test above looks for is there when nothing prevents it; the numbers are the same all the same.
     with jax.enable_x64(True):
-        compiled, arrays = compile_for((1, 8, 1), BY_WIDTH, active=False)
+        compiled, arrays = compile_for((1, 8, 1, 1), BY_WIDTH, active=False)
         assert "all-gather" in str(compiled.as_text())
         for x, y in zip(jax.tree.leaves(compiled(*arrays)), jax.tree.leaves(on_one_device()), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
@@ -117,7 +123,7 @@ def test_without_rules_the_partitioner_gathers_under_fsdp() -> None:
 def test_a_table_cut_by_width_is_turned_block_by_block() -> None:
     # Whole, before the loops, it would take the memory of another table and of another gradient.
     with jax.enable_x64(True):
-        text = str(compile_for((1, 8, 1), BY_WIDTH)[0].as_text())
+        text = str(compile_for((1, 8, 1, 1), BY_WIDTH)[0].as_text())
         entry = text[text.index("\nENTRY") :]
         assert " all-to-all(" in text
         assert " all-to-all(" not in entry
@@ -126,7 +132,7 @@ def test_a_table_cut_by_width_is_turned_block_by_block() -> None:
 @pytest.mark.parametrize("active", [True, False])
 def test_under_tensor_devices_add_up_once_and_not_for_each_block(active: bool) -> None:
     with jax.enable_x64(True):
-        text = str(compile_for((1, 1, 8), BY_WIDTH, active=active)[0].as_text())
+        text = str(compile_for((1, 1, 1, 8), BY_WIDTH, active=active)[0].as_text())
         bodies = set(re.findall(r"body=(%[\w.\-]+)", text))
         assert bodies
         inside = [re.search(rf"^{re.escape(body)} \(.*?^}}", text, re.M | re.S) for body in bodies]
@@ -184,6 +190,7 @@ def test_shard_map_of_tokens_over_a_varying_table() -> None:
         Layout(),
         Layout(batch=(("data", 2), ("fsdp", 3)), vocab=(("tensor", 2),), embed=(("fsdp", 3),)),
         Layout(batch=(("fsdp", 3), ("data", 2)), vocab=(("fsdp", 3), ("tensor", 2))),
+        Layout(batch=(("data", 2),), length=(("sequence", 2),), vocab=(("tensor", 3),), embed=(("sequence", 2),)),
     ],
 )
 def test_parts_hold_runs_of_rows(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,22 +206,26 @@ def test_parts_hold_runs_of_rows(layout: Layout, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_active_layout() -> None:
-    assert active_layout(8, (96, 8)) == Layout()
-    with jax.set_mesh(mesh_of((2, 2, 2))):
-        assert active_layout(8, (96, 8)) == Layout()
+    assert active_layout((8, 4), (96, 8)) == Layout()
+    with jax.set_mesh(mesh_of((2, 2, 1, 2))):
+        assert active_layout((8, 4), (96, 8)) == Layout()
         with partition.rules(BY_WIDTH):
             cut = Layout((("data", 2), ("fsdp", 2)), (("tensor", 2),), (("fsdp", 2),))
-            assert active_layout(8, (96, 8)) == cut
+            assert active_layout((8, 4), (96, 8)) == cut
             # What the mesh does not divide cannot be cut so: 6 rows over 4, 90 classes over 4, a width of 7 over 2.
-            assert active_layout(6, (96, 8)) == active_layout(8, (90, 8)) == active_layout(8, (96, 7)) == Layout()
+            assert active_layout((6, 4), (96, 8)) == active_layout((8, 4), (90, 8)) == active_layout((8, 4), (96, 7)) == Layout()
         with partition.rules(BY_CLASS):
-            assert active_layout(8, (96, 8)) == Layout(cut.batch, (("tensor", 2), ("fsdp", 2)))
-    with jax.set_mesh(mesh_of((8, 1, 1))), partition.rules(BY_WIDTH):
-        assert active_layout(8, (96, 8)) == Layout((("data", 8),))
+            assert active_layout((8, 4), (96, 8)) == Layout(cut.batch, (("tensor", 2), ("fsdp", 2)))
+    with jax.set_mesh(mesh_of((8, 1, 1, 1))), partition.rules(BY_WIDTH):
+        assert active_layout((8, 4), (96, 8)) == Layout((("data", 8),))
+    with jax.set_mesh(mesh_of((2, 1, 4, 1))), partition.rules(BY_WIDTH):
+        assert active_layout((8, 4), (96, 8)) == Layout((("data", 2),), length=(("sequence", 4),))
+        # A length that is not divided stays whole.
+        assert active_layout((8, 3), (96, 8)) == active_layout((8,), (96, 8)) == Layout((("data", 2),))
 
 
 def test_mesh_axes_are_those_that_the_partitioner_handles() -> None:
-    with jax.set_mesh(mesh_of((2, 4, 1))), partition.rules(BY_WIDTH):
+    with jax.set_mesh(mesh_of((2, 4, 1, 1))), partition.rules(BY_WIDTH):
         assert list(partition.mesh_axes("batch").items()) == [("data", 2), ("fsdp", 4)]
         assert partition.mesh_axes("vocab") == {}  # `tensor` has one device
         assert partition.mesh_axes("no such axis") == {}
