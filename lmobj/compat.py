@@ -7,7 +7,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-__all__ = ["Coordination", "cast_varying", "coordination", "detect_cluster", "vary_together", "varying_axes"]
+__all__ = [
+    "Coordination",
+    "cast_varying",
+    "coordination",
+    "detect_cluster",
+    "splash_backward",
+    "vary_together",
+    "varying_axes",
+]
 
 T = TypeVar("T")
 
@@ -74,3 +82,20 @@ def detect_cluster(
 
     found: Any = ClusterEnv.auto_detect_unset_distributed_params(coordinator, processes, process, None, None, timeout)
     return found
+
+
+def splash_backward(
+    kernel: Any, segment_ids: Any, q: jax.Array, k: jax.Array, v: jax.Array, y: jax.Array, lse: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v by the backward kernels of jax's splash attention, for one row.
+
+    `y` and `lse` are what the forward kernel gave, `g` is the gradient of `y`. The kernel's public call is differentiated by jax, which runs the forward kernel once more to get `y` and `lse`;
+    whoever has kept them has no public way to say so.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as private
+
+    kept = (q, k, v, segment_ids, None, y, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+    names = ("mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function")
+    settings = {name: kernel.kwargs[name] for name in (*names, "attn_logits_soft_cap", "interpret")}
+    gradients = private._splash_attention_bwd(save_residuals=False, **settings, res=kept, do=g)
+    return gradients[3:6]

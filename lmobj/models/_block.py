@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
 from lmobj.attention import AttentionBackend, attention
+from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.models._layers import MLP, Activation, Init, LayerNorm, Linear, Norm, RMSNorm, apply_rotary
 from lmobj.noise import dropout
@@ -23,7 +24,7 @@ from lmobj.partition import constrain
 
 __all__ = ["Block", "BlockSpec", "Call", "KVCache", "Remat", "Stack", "drop", "make_norm", "rematerialised"]
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "block", "offload"]
 NormName = Literal["layernorm", "rmsnorm"]
 
 ATTENTION_OUT, MLP_OUT, EMBEDDING = 1, 2, 3
@@ -137,15 +138,17 @@ class Attention(nnx.Module):
         q, k, v = (project(x).reshape(by_heads) for project in (self.query, self.key, self.value))
         if call.rotary is not None:
             q, k = apply_rotary(q, call.rotary), apply_rotary(k, call.rotary)
+        backend = spec.attention_backend
         if cache is not None:
             cache = cache.write(layer, call.positions, k, v)
             k, v = cache.read(layer)
+            backend = "xla"  # kernels work on blocks of queries, and here are one or a few
         y = attention(
             q,
             k,
             v,
             call.mask,
-            backend=spec.attention_backend,
+            backend=backend,
             soft_cap=spec.attention_soft_cap,
             dropout_rate=spec.attention_dropout,
             dropout_seeds=call.dropout,
@@ -259,8 +262,26 @@ def drop(
 
 
 def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """`body` with what its backward pass keeps: everything, the products with weights, or only its input."""
+    """`body` with what its backward pass keeps.
+
+    `none` keeps everything, `dots` the products with weights, `block` only the body's input. `offload` keeps what
+    `dots` does in the host's pinned memory: written there in the forward pass, read back in the backward pass.
+
+    Raises:
+      UserError: `offload` on devices without pinned host memory.
+    """
     if remat == "none":
         return body
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    if remat == "offload":
+        kinds = sorted(memory.kind for memory in jax.local_devices()[0].addressable_memories())
+        if "pinned_host" not in kinds:
+            raise UserError(
+                f"model.remat is offload, which needs devices that reach pinned memory of their host, and these have "
+                f"{', '.join(kinds)}; accepted here: none, dots, block."
+            )
+    policy = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "block": None,
+        "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan cannot be merged with its recomputation

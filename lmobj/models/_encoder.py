@@ -95,9 +95,11 @@ class EncoderConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights, which are redrawn beyond two of them."""
     attention_backend: AttentionBackend = "xla"
-    """`xla` anywhere; `cudnn`: flash attention on NVIDIA GPUs, with dtype bfloat16 and no attention dropout."""
+    """`xla` anywhere; without attention dropout also `cudnn`: flash attention on NVIDIA GPUs, with dtype bfloat16;
+    and `splash`: flash attention on TPUs, with rows of a multiple of 128 tokens."""
     remat: Remat = "dots"
-    """What is recomputed in the backward pass: `none`; `dots`: all but products with weights; `full`: each block."""
+    """What is recomputed in the backward pass: `none`; `dots`: all but products with weights; `block`: each block;
+    `offload`: as `dots`, with those products kept in the host's memory meanwhile."""
     dtype: DTypeName = "float32"
     """Dtype of the computation; norms and softmax are computed in float32 at least."""
     param_dtype: DTypeName = "float32"

@@ -60,10 +60,10 @@ def check_transformer(settings: Any) -> None:
     """Refuses sizes that decoder and encoder cannot have."""
     check_blocks(settings, "dropout", "attention_dropout", "embedding_dropout")
     at_least(settings, 1, "max_length")
-    if settings.attention_backend == "cudnn" and settings.attention_dropout > 0:
+    if settings.attention_backend != "xla" and settings.attention_dropout > 0:
         raise UserError(
-            f"model.attention_dropout is {settings.attention_dropout} and model.attention_backend is cudnn, which "
-            "cannot drop out attention probabilities; set the dropout to 0, or the backend to xla."
+            f"model.attention_dropout is {settings.attention_dropout} and model.attention_backend is "
+            f"{settings.attention_backend}, which cannot drop out attention probabilities; set the dropout to 0, or the backend to xla."
         )
 
 

@@ -96,7 +96,8 @@ class XLNetConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     remat: Remat = "dots"
-    """What is recomputed in the backward pass: `none`; `dots`: all but products with weights; `full`: each block."""
+    """What is recomputed in the backward pass: `none`; `dots`: all but products with weights; `block`: each block;
+    `offload`: as `dots`, with those products kept in the host's memory meanwhile."""
     dtype: DTypeName = "float32"
     """Dtype of the computation and of the memory; norms and softmax are computed in float32 at least."""
     param_dtype: DTypeName = "float32"

@@ -66,8 +66,8 @@ def cheapest_change(now: Situation, *, activations: int | None, held: int) -> st
         else None
     )
     remat = (
-        "model.remat=full, which computes activations again in the backward pass, about a third more work"
-        if now.remat not in (None, "full")
+        "model.remat=block, which computes activations again in the backward pass, about a third more work"
+        if now.remat not in (None, "block")
         else None
     )
     fewer_activations = (accumulate, remat) if activations != 0 else ()

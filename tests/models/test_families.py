@@ -201,7 +201,7 @@ def test_remat_policies_agree(name: str) -> None:
     with jax.enable_x64(True):
         tokens = random_tokens(3, L)
         results = []
-        for remat in ("none", "dots", "full"):
+        for remat in ("none", "dots", "block", "offload"):
             graphdef, params = build(dataclasses.replace(in_float64(CONFIGS[name]), remat=remat))
 
             def loss(params: Any, graphdef: Any = graphdef) -> Any:

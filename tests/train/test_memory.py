@@ -67,7 +67,7 @@ HERE = Situation(
     batch_size=64, accumulate=2, rows_per_device=6, divisible=True, remat="dots", data=6, fsdp=2, devices=12
 )
 ACCUMULATE = "train.accumulate=4, which takes each batch in smaller parts and changes no result"
-REMAT = "model.remat=full, which computes"
+REMAT = "model.remat=block, which computes"
 SHARE = "train.mesh.fsdp=4 (with train.mesh.data=3), which shares"
 
 
@@ -79,7 +79,7 @@ SHARE = "train.mesh.fsdp=4 (with train.mesh.data=3), which shares"
         ({"rows_per_device": 9, "accumulate": 1}, 100, "train.accumulate=3,"),
         ({"rows_per_device": 1}, 100, REMAT),
         ({"divisible": False}, 100, REMAT),
-        ({"rows_per_device": 1, "remat": "full"}, 100, SHARE),
+        ({"rows_per_device": 1, "remat": "block"}, 100, SHARE),
         ({"rows_per_device": 1, "remat": None}, 100, SHARE),
         ({"rows_per_device": 1, "remat": None, "data": 1}, 100, "train.batch_size below 64, which changes"),
         ({"rows_per_device": 1, "remat": None, "data": 1, "batch_size": 12}, 100, "a smaller model"),
@@ -170,7 +170,7 @@ def test_what_the_compiler_knows_is_told(causal: FitResult, monkeypatch: pytest.
     assert re.fullmatch(
         r"Out of memory on a cpu device\. The run needs, on each device: activations and temporaries 5\.00 GiB, "
         r"optimizer state 0\.10 MiB, parameters 0\.05 MiB, gradients 0\.05 MiB\. XLA asked for 3\.00 GiB at once\. "
-        r"The cheapest change is model\.remat=full, which .*; start a new run with it\.",
+        r"The cheapest change is model\.remat=block, which .*; start a new run with it\.",
         str(caught.value),
     )
 
