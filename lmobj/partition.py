@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-__all__ = ["DEFAULT_RULES", "Rules", "constrain", "constrain_to", "mesh_axes", "rules", "spec"]
+__all__ = ["DEFAULT_RULES", "FREE", "Rules", "constrain", "constrain_to", "mesh_axes", "rules", "spec"]
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -33,6 +33,9 @@ DEFAULT_RULES: Rules = {
     "activation_embed": (),
 }
 """Names and where they go. `embed` is a parameter's model width; `activation_embed` is an activation's."""
+
+FREE = "free"
+"""In place of a name: a dimension that `constrain` leaves to the partitioner."""
 
 _ACTIVE: contextvars.ContextVar[Rules | None] = contextvars.ContextVar("lmobj_partition_rules", default=None)
 
@@ -73,7 +76,7 @@ def spec(axes: Sequence[str | None], table: Rules, *, rank: int | None = None) -
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Ask the partitioner to lay out `x` by its logical axes; the identity without active rules and mesh.
 
-    A dimension that its mesh axes do not divide stays whole.
+    A dimension without a name is whole, and so is one that its mesh axes do not divide; `FREE` leaves one as it is.
 
     Raises:
       ValueError: a name that the rules do not hold.
@@ -81,11 +84,13 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     table = _ACTIVE.get()
     if table is None or jax.sharding.get_abstract_mesh().empty:
         return x
-    entries = []
-    for size, names in zip(x.shape, spec(axes, table, rank=x.ndim), strict=True):
+    named = spec([None if axis == FREE else axis for axis in axes], table, rank=x.ndim)
+    entries: list[tuple[str, ...] | None] = []
+    for size, names in zip(x.shape, named, strict=True):
         cut = _automatic(names or ())
         entries.append(tuple(cut) if size % math.prod(cut.values()) == 0 else ())
-    return constrain_to(x, entries)
+    first = x.ndim - len(axes)
+    return constrain_to(x, [None if i >= first and axes[i - first] == FREE else cut for i, cut in enumerate(entries)])
 
 
 def mesh_axes(name: str) -> dict[str, int]:

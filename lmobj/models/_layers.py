@@ -160,9 +160,15 @@ class Embedding(nnx.Module):
         self.axes = axes
 
     def __call__(self, indices: Int[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape D"]:
-        # Whole along the width, or the partitioner would gather every row of the batch on every device to look it up.
-        table = constrain(self.table[...].astype(dtype), (*self.axes[:-1], "activation_embed"))
-        return jnp.take(table, indices, axis=0, mode="clip")
+        table = self.table[...].astype(dtype)
+        width, rows = mesh_axes(self.axes[-1] or ""), mesh_axes("batch")
+        if indices.ndim != 2 or not width.keys() & rows.keys():
+            return jnp.take(table, indices, axis=0, mode="clip")
+        # Rows and width are cut over the same devices: each looks up its part of the width for the rows of all, and
+        # vectors change places. The partitioner on its own would gather the table.
+        others = tuple(axis for axis in rows if axis not in width)
+        x = jnp.take(table, constrain_to(indices, (others, ())), axis=0, mode="clip")
+        return constrain(constrain_to(x, (others, (), tuple(width))), ("batch", "length", "activation_embed"))
 
 
 class MLP(nnx.Module):
