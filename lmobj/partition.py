@@ -19,12 +19,13 @@ __all__ = ["DEFAULT_RULES", "Rules", "constrain", "constrain_to", "mesh_axes", "
 Rules = Mapping[str, tuple[str, ...]]
 
 DEFAULT_RULES: Rules = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
+    "experts": ("expert",),
     "head_dim": (),
     "layers": (),
     "positions": (),

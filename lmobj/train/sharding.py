@@ -38,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 """Every mesh axis, outermost first: neighbours in `tensor` are the closest devices."""
 
 T = TypeVar("T")
@@ -56,6 +56,10 @@ class MeshConfig:
     """Devices that share the rows and the parameters of a replica between them; -1 or at least 1."""
     tensor: int = 1
     """Devices that split each layer's heads, mlp and vocabulary; -1 or at least 1."""
+    expert: int = 1
+    """Devices that share the rows and the experts of a replica between them; -1 or at least 1."""
+    sequence: int = 1
+    """Devices that share the tokens of each row between them; -1 or at least 1."""
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -67,7 +71,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices`, by default all of them, with automatic axis types.
+    """The mesh `MESH_AXES` over `devices`, by default all of them, with automatic axis types.
 
     Fixed sizes may use fewer devices than there are, if they divide their number and there is one process.
 
