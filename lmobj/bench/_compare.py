@@ -78,7 +78,7 @@ def _check_same(arms: Mapping[str, Assembly], metric: str, key: str, values: Map
 def _coefficients(run: Assembly) -> dict[str, object]:
     """Every term's coefficient, or its schedule's settings."""
     given: Mapping[str, object] = run.identity["config"]["train"]["coefficients"]
-    return {**run.objective.coefficients, **given}
+    return {**run.program.objective.coefficients, **given}
 
 
 def check_same_data(arms: Mapping[str, Assembly]) -> None:

@@ -188,6 +188,7 @@ def _check(config: DecoderConfig) -> None:
         "bias": (True,),
         "kv_heads": (None, config.heads),
         "pre_norm": (True,),
+        "moe": (None,),
         "window": (None,),
         "soft_cap": (None,),
         "attention_soft_cap": (None,),

@@ -7,6 +7,7 @@ from lmobj.models._electra import Electra, ElectraConfig
 from lmobj.models._encoder import Encoder, EncoderConfig
 from lmobj.models._gru import GRUConfig, GRULanguageModel
 from lmobj.models._heads import HeadStyle, PairHead, SpanBoundaryHead
+from lmobj.models._moe import MoEConfig
 from lmobj.models._protocol import (
     Cache,
     CachedModel,
@@ -18,6 +19,7 @@ from lmobj.models._protocol import (
     OutputHead,
     TwoStreamModel,
 )
+from lmobj.models._routing import RoutedModel, RouterSums, RoutingCall, recorded_routing
 from lmobj.models._xlnet import Memory, XLNet, XLNetConfig
 
 ModelConfig = DecoderConfig | ElectraConfig | EncoderConfig | GRUConfig | XLNetConfig
@@ -40,12 +42,17 @@ __all__ = [
     "LanguageModel",
     "Memory",
     "MemoryModel",
+    "MoEConfig",
     "ModelBuilder",
     "ModelConfig",
     "OutputHead",
     "PairHead",
+    "RoutedModel",
+    "RouterSums",
+    "RoutingCall",
     "SpanBoundaryHead",
     "TwoStreamModel",
     "XLNet",
     "XLNetConfig",
+    "recorded_routing",
 ]

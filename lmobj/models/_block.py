@@ -6,6 +6,7 @@ grow with depth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,8 @@ from lmobj.attention import AttentionBackend, attention
 from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.models._layers import MLP, Activation, Init, LayerNorm, Linear, Norm, RMSNorm, apply_rotary
+from lmobj.models._moe import MoE, MoEConfig
+from lmobj.models._routing import RouterSums, record_routing
 from lmobj.noise import dropout
 from lmobj.partition import constrain
 
@@ -56,6 +59,8 @@ class BlockSpec:
     param_dtype: jnp.dtype
     share_layers: bool = False
     """Whether all layers are one block (ALBERT)."""
+    moe: MoEConfig | None = None
+    """Experts in place of the feed-forward part."""
 
     @property
     def head_dim(self) -> int:
@@ -164,7 +169,8 @@ class Block(nnx.Module):
         self.spec = spec
         self.attention = Attention(spec, init=init, out_init=out_init, rngs=rngs)
         self.attention_norm = make_norm(spec)
-        self.mlp = MLP(
+        mlp = MLP if spec.moe is None else functools.partial(MoE, spec.moe)
+        self.mlp = mlp(
             spec.width,
             spec.mlp_width,
             activation=spec.activation,
@@ -178,18 +184,28 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B L D"], layer: Int[Array, ""], call: Call, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
-        """One layer; `layer` is its index in the stack."""
+    ) -> tuple[Float[Array, "B L D"], KVCache | None, RouterSums | None]:
+        """One layer; `layer` is its index in the stack. The sums are of its router, where it has one."""
         rate = self.spec.dropout
         if self.spec.post_norm:
             y, cache = self.attention(x, layer, call, cache)
             x = self.attention_norm(x + drop(y, rate, call.dropout, layer, ATTENTION_OUT))
-            y = self.mlp(x)
-            return self.mlp_norm(x + drop(y, rate, call.dropout, layer, MLP_OUT)), cache
+            y, sums = self._feed_forward(x, call, cached=cache is not None)
+            return self.mlp_norm(x + drop(y, rate, call.dropout, layer, MLP_OUT)), cache, sums
         y, cache = self.attention(self.attention_norm(x), layer, call, cache)
         x = x + drop(y, rate, call.dropout, layer, ATTENTION_OUT)
-        y = self.mlp(self.mlp_norm(x))
-        return x + drop(y, rate, call.dropout, layer, MLP_OUT), cache
+        y, sums = self._feed_forward(self.mlp_norm(x), call, cached=cache is not None)
+        return x + drop(y, rate, call.dropout, layer, MLP_OUT), cache, sums
+
+    def _feed_forward(
+        self, x: Float[Array, "B L D"], call: Call, *, cached: bool
+    ) -> tuple[Float[Array, "B L D"], RouterSums | None]:
+        """The feed-forward part or the experts, of which a cached call does not know how full they are: none drops."""
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(x), None
+        segments = call.mask.segment_ids
+        routed = jnp.ones(x.shape[:2], bool) if segments is None else segments > 0
+        return self.mlp(x, routed, dropless=cached)
 
 
 class Stack(nnx.Module):
@@ -216,13 +232,17 @@ class Stack(nnx.Module):
     def _run(self, x: Float[Array, "B L D"], call: Call, *, collect: bool) -> tuple[Any, Any]:
         block_at, layers = self._layers()
 
-        def body(x: Array, layer: Any) -> tuple[Array, Array | None]:
+        def body(x: Array, layer: Any) -> tuple[Array, tuple[Array | None, RouterSums | None]]:
             block, index = block_at(layer)
-            x, _ = block(x, index, call)
+            x, _, sums = block(x, index, call)
             x = constrain(x, HIDDEN_AXES)
-            return x, x if collect else None
+            return x, (x if collect else None, sums)
 
-        return jax.lax.scan(rematerialised(body, self.spec.remat), x, layers)
+        rows = x.shape[:2]
+        x, (collected, sums) = jax.lax.scan(rematerialised(body, self.spec.remat), x, layers)
+        if sums is not None:
+            record_routing(sums, rows, call.mask.segment_ids)
+        return x, collected
 
     def step(self, x: Float[Array, "B T D"], call: Call, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
         """The last block's output for new tokens, and the cache with them added. The cache is carried, never copied."""
@@ -230,7 +250,8 @@ class Stack(nnx.Module):
 
         def body(carry: tuple[Array, KVCache], layer: Any) -> tuple[tuple[Array, KVCache], None]:
             block, index = block_at(layer)
-            return block(carry[0], index, call, carry[1]), None
+            x, cache, _ = block(carry[0], index, call, carry[1])
+            return (x, cache), None
 
         (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
         return x, cache

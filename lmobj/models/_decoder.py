@@ -1,5 +1,5 @@
 """The decoder: GPT-2 with its defaults, LLaMA's kind with rotary positions, RMSNorm, SwiGLU and grouped queries; GPT
-with `pre_norm: false` and `residual_init: plain`.
+with `pre_norm: false` and `residual_init: plain`; Mixtral with `moe`.
 
 Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"; Radford et al. 2019, "Language
 Models are Unsupervised Multitask Learners"; Touvron et al. 2023, "LLaMA".
@@ -44,6 +44,7 @@ from lmobj.models._layers import (
     pad_vocabulary,
     rotary_angles,
 )
+from lmobj.models._moe import MoEConfig
 from lmobj.models._protocol import OutputHead
 from lmobj.models._settings import (
     at_least,
@@ -66,7 +67,7 @@ class DecoderConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: Literal["decoder"] = "decoder"
-    """Transformer decoder (GPT, GPT-2, LLaMA)."""
+    """Transformer decoder (GPT, GPT-2, LLaMA, Mixtral)."""
     layers: int = 12
     """Number of blocks, at least 1."""
     width: int = 768
@@ -77,6 +78,8 @@ class DecoderConfig:
     """Key and value heads, a divisor of `heads` (grouped-query attention); null: as many as query heads."""
     mlp_width: int | None = None
     """Inner width of the feed-forward part; null: 4 * width, or with swiglu 8/3 * width rounded up to 64s."""
+    moe: MoEConfig | None = None
+    """A mixture of experts in place of the feed-forward part, each expert `mlp_width` wide inside; null: none."""
     max_length: int = 1024
     """Most tokens in a row."""
     positions: Literal["learned", "rotary"] = "learned"
@@ -166,6 +169,7 @@ class DecoderConfig:
             remat=self.remat,
             dtype=resolve_dtype(self.dtype, "dtype"),
             param_dtype=resolve_dtype(self.param_dtype, "param_dtype"),
+            moe=self.moe,
         )
 
 
@@ -202,6 +206,11 @@ class Decoder(Transformer):
         return output_head(embedding, self.vocab_size, soft_cap=self.config.soft_cap)
 
     @property
+    def routed(self) -> bool:
+        """Whether its layers are mixtures of experts, whose routers need losses of their own."""
+        return self.config.moe is not None
+
+    @property
     def head_style(self) -> HeadStyle:
         """What heads on the hidden states take over."""
         config = self.config
@@ -227,6 +236,7 @@ class Decoder(Transformer):
 
         A token's slot in the cache is its position, so rows may stand at different positions. Positions in a row are
         consecutive; -1 marks padding after a row's last token, which is not cached and whose output means nothing.
+        Experts have room for all tokens here, whatever `moe.capacity_factor` is.
         """
         x, call = self._embed(tokens, masks.causal().at(positions[:, 0]), positions, None, None)
         x, cache = self.stack.step(x, call, cache)

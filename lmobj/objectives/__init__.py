@@ -22,6 +22,7 @@ from lmobj.objectives._objective import (
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._registry import REGISTRY, ObjectiveConfig
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
+from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from lmobj.objectives._span_boundary import SpanBoundary
 from lmobj.objectives._transformer_xl import TransformerXL
@@ -45,6 +46,7 @@ __all__ = [
     "PermutationLM",
     "ReplacedTokenDetection",
     "Role",
+    "Routed",
     "Rows",
     "SentenceOrderPrediction",
     "SpanBoundary",
@@ -57,4 +59,5 @@ __all__ = [
     "step_keys",
     "token_metrics",
     "total_loss",
+    "with_router_losses",
 ]

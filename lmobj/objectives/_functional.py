@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lmobj.batch import Batch, Vocabulary, row_keys
 from lmobj.objectives._objective import Context, Example, Metric, Models, Objective, TermKind, Terms
+from lmobj.objectives._routed import with_router_losses
 
 __all__ = ["denominators", "loss_fn", "row_ids_of", "step_keys", "total_loss"]
 
@@ -84,36 +86,43 @@ def loss_fn(
 ) -> Callable[[Mapping[str, Any], Batch, Key[Array, ""]], tuple[Float[Array, ""], dict[str, Metric]]]:
     """A plain `loss(params, batch, key) -> (loss, metrics)` for use outside the trainer.
 
+    On a model with experts the terms of `Routed` are added.
+
     Args:
       objective: the objective.
       graphs: role -> graph definition, from `graphdef, state = nnx.split(model)`.
       vocab: the vocabulary's size and special ids.
-      coefficients: per term; the objective's own by default.
+      coefficients: of terms, in place of the objective's own.
       train: False switches dropout off.
       axis_name: the mapped axis (or axes) over which rows are split, under pmap or shard_map. Denominators are then
-        summed over it, and each device's loss is its share: the shares add up to the loss of the whole batch.
+        summed over it, and each device's loss is its share: the shares add up to the loss of the whole batch. So are
+        the statistics of an objective that has some, at the cost of a forward pass.
 
     Returns:
       A function of `params` ({role: nested dict of arrays}, `nnx.to_pure_dict(state)`), a batch and a threefry key;
       its metrics are (sum, weight) pairs over the rows given.
     """
-    factors = dict(objective.coefficients if coefficients is None else coefficients)
 
     def loss(
         params: Mapping[str, Any], batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Metric]]:
         noise_keys, model_keys = step_keys(key, row_ids_of(batch), 0)
         models: Models = {role: nnx.merge(graphs[role], params[role]) for role in graphs}
-        state = objective.init(models, key, len(jax.tree.leaves(model_keys)[0]))
+        trained = with_router_losses(objective, models)
+        factors = {**trained.coefficients, **(coefficients or {})}
+        state = trained.init(models, key, len(jax.tree.leaves(model_keys)[0]))
         ctx = Context(model_keys, 0, vocab, state.params, train=train)
-        prepared = objective.prepare(models, jax.lax.stop_gradient(batch), ctx)
-        example = objective.corrupt(noise_keys, jax.lax.stop_gradient(prepared), ctx)
-        terms = objective.terms(models, example, state.carried, ctx)
-        shared = denominators(objective, example, axis_name)
+        prepared = trained.prepare(models, jax.lax.stop_gradient(batch), ctx)
+        example = trained.corrupt(noise_keys, jax.lax.stop_gradient(prepared), ctx)
+        if axis_name is not None:
+            here = jax.lax.stop_gradient(trained.statistics(models, example, state.carried, ctx))
+            ctx = dataclasses.replace(ctx, statistics=jax.lax.psum(here, axis_name))
+        terms = trained.terms(models, example, state.carried, ctx)
+        shared = denominators(trained, example, axis_name)
         if axis_name is not None:
             # A parameter term is the same on every device: each takes an equal share, so that the shares add up.
             devices = jax.lax.psum(1, axis_name)
-            once = {n for n, kind in objective.term_kinds.items() if kind is TermKind.PARAMETER}
+            once = {n for n, kind in trained.term_kinds.items() if kind is TermKind.PARAMETER}
             terms = terms._replace(sums={n: s / devices if n in once else s for n, s in terms.sums.items()})
         return total_loss(terms, shared, factors), terms.metrics
 

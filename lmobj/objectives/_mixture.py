@@ -224,6 +224,13 @@ class Mixture(Objective):
         each = _prefixed({name: objective.weights(example[name]) for name, objective in self.objectives.items()})
         return each | ({_UNCERTAINTY: jnp.ones(())} if self.weighting == "uncertainty" else {})
 
+    def statistics(self, models: Models, example: Mapping[str, Example], carried: Any, ctx: Context) -> Any:  # type: ignore[override]
+        """Each member's."""
+        return {
+            name: objective.statistics(_models_of(models, name), example[name], carried[name], _context_of(ctx, name))
+            for name, objective in self.objectives.items()
+        }
+
     def terms(self, models: Models, example: Mapping[str, Example], carried: Any, ctx: Context) -> Terms:  # type: ignore[override]
         """Each member's terms; with uncertainty weighting times exp(-s), in metrics too, and the sum of s / 2."""
         each = {
@@ -280,6 +287,7 @@ def _models_of(models: Models, name: str) -> Models:
 
 
 def _context_of(ctx: Context, name: str) -> Context:
-    """The context of one member: its keys and parameters."""
+    """The context of one member: its keys, parameters and statistics."""
     params = ctx.params[name] if isinstance(ctx.params, Mapping) else ()
-    return dataclasses.replace(ctx, keys=ctx.keys[name], params=params)
+    statistics = None if ctx.statistics is None else ctx.statistics[name]
+    return dataclasses.replace(ctx, keys=ctx.keys[name], params=params, statistics=statistics)

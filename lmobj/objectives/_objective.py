@@ -6,10 +6,13 @@
     prepare(models, batch, ctx)             outside the gradient, once per global batch
     corrupt(keys, batch, ctx)               rows -> Example, on the device
     weights(example)                        {term: denominator}, additive over rows
+    statistics(models, example, carried, ctx)  what terms need to know of the whole batch, additive over rows
     terms(models, example, carried, ctx)    {term: sum}, metrics, carried
 
 The trainer owns coefficients and denominators: total = sum over terms of coefficient(step) * sum / denominator,
 where the denominator is added over every microbatch and device before the backward pass. No objective divides.
+Statistics are added up in the same way before it, and are constants in it: with them a term whose summand depends on
+the whole batch (the load of experts) is a sum over rows like any other, and exact under any split.
 """
 
 from __future__ import annotations
@@ -72,6 +75,8 @@ class Context:
     vocab: Vocabulary = dataclasses.field(metadata={"static": True})
     params: Any = ()
     """The objective's own trained parameters (`ObjectiveState.params`)."""
+    statistics: Any = None
+    """`Objective.statistics` of the whole batch; None: the rows at hand are the whole batch."""
     train: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
@@ -200,6 +205,14 @@ class Objective:
     def weights(self, example: Example) -> dict[str, Float[Array, ""]]:
         """Denominator of each term, additive over rows; by default the sum of the example's weights."""
         return {name: jnp.sum(example.weights) for name in self.coefficients}
+
+    def statistics(self, models: Models, example: Example, carried: Any, ctx: Context) -> Any:
+        """Sums over the rows given that `terms` needs of the whole batch, as constants; () for most objectives.
+
+        `terms` finds those of the whole batch in `ctx.statistics`, and computes them itself where that is None. They
+        are only asked for where a batch is split, and cost a forward pass of their own there.
+        """
+        return ()
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """Weighted sums of each term over the rows given, never means."""

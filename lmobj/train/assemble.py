@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ from lmobj.batch import RowSpec, Vocabulary
 from lmobj.data import DataConfig, Dataset, prepare
 from lmobj.data import Rows as DataRows
 from lmobj.errors import UserError
-from lmobj.models import ModelBuilder
-from lmobj.objectives import Objective, Rows
+from lmobj.models import ModelBuilder, MoEConfig
+from lmobj.objectives import Objective, Rows, with_router_losses
 from lmobj.train import distributed
 from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together, unnamed
 from lmobj.train.config import TrainConfig
@@ -80,6 +81,7 @@ class Design:
 
     config: Experiment
     objective: Objective
+    """As configured; `program` has the losses of routers around it where the model has experts."""
     vocab: Vocabulary
     rows: Rows
     mesh: Mesh
@@ -105,11 +107,19 @@ class Design:
 
     @property
     def applied_parameter_count(self) -> int:
-        """Trainable parameters as often as a token meets them: those of shared layers count once for each layer."""
+        """Trainable parameters as often as a token meets them: those of shared layers count once for each layer, and of
+        experts those of as many as work on a token."""
         model = self.config.model
         turns = model.layers if getattr(model, "share_layers", False) else 1  # type: ignore[attr-defined]
+        moe: MoEConfig | None = getattr(model, "moe", None)
         leaves = jax.tree_util.tree_leaves_with_path(self.abstract_state.params)
-        return sum(leaf.size * (turns if "blocks" in jax.tree_util.keystr(path) else 1) for path, leaf in leaves)
+
+        def applied(name: str, size: int) -> int:
+            if moe is not None and "['experts']" in name:
+                return size // moe.experts * moe.experts_per_token
+            return size * (turns if "blocks" in name else 1)
+
+        return sum(applied(jax.tree_util.keystr(path), leaf.size) for path, leaf in leaves)
 
     def initial_state(self) -> State:
         """The state at step 0, made under jit so that no device ever holds a whole large parameter.
@@ -356,6 +366,7 @@ def design(
     builder = config.model if model is None else model
     mesh = _checked_mesh(settings, mesh)
     rules = make_rules(settings.sharding)
+    _check_experts(builder, mesh, rules)
     rows = objective.rows(vocab, config.data.length)
     if not isinstance(rows, RowSpec):
         for name, size in objective.member_rows(settings.batch_size).items():
@@ -367,13 +378,14 @@ def design(
         return build_models(objective, builder, vocab, roles, settings.seed)
 
     abstract = nnx.eval_shape(build)
+    trained = with_router_losses(objective, abstract)
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
     program = Program(
-        objective=objective,
+        objective=trained,
         graphs={role: nnx.split(model)[0] for role, model in abstract.items()},
         vocab=vocab,
         optimizer=make_optimizer(settings.optimizer, schedule, logical_axes=logical_axes(abstract)),
-        coefficients=_coefficients(objective, settings),
+        coefficients=_coefficients(trained, settings),
         seed=settings.seed,
         accumulate=settings.accumulate,
         guard=settings.guard,
@@ -409,6 +421,18 @@ def _checked_mesh(settings: TrainConfig, mesh: Mesh | None = None) -> Mesh:
     mesh = make_mesh(settings.mesh) if mesh is None else mesh
     check_batch(settings.batch_size, mesh, make_rules(settings.sharding), accumulate=settings.accumulate)
     return mesh
+
+
+def _check_experts(builder: ModelBuilder, mesh: Mesh, rules: partition.Rules) -> None:
+    """Refuses experts that the mesh does not divide, which every device would have to hold whole."""
+    moe: MoEConfig | None = getattr(builder, "moe", None)
+    axes = {axis: mesh.shape[axis] for axis in rules["experts"]}
+    if moe is not None and moe.experts % math.prod(axes.values()):
+        sizes = " x ".join(f"train.mesh.{axis} {size}" for axis, size in axes.items())
+        raise UserError(
+            f"model.moe.experts is {moe.experts}, which {sizes} does not divide; accepted: a multiple of "
+            f"{math.prod(axes.values())}, or a mesh that divides it."
+        )
 
 
 def _coefficients(objective: Objective, settings: TrainConfig) -> dict[str, Callable[[Any], Any]]:

@@ -2,7 +2,8 @@
 
 The order is what makes accumulation exact. A global batch is corrupted at once (integers, cheap), its denominators are
 summed over all rows, and only then are gradients taken, microbatch by microbatch, of sums divided by those
-denominators. Any split into microbatches or devices therefore gives the gradient of the whole batch.
+denominators. Any split into microbatches or devices therefore gives the gradient of the whole batch. Where terms need
+statistics of the whole batch, a forward pass over the microbatches adds them up first.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lmobj.objectives import (
     row_ids_of,
     step_keys,
     total_loss,
+    with_router_losses,
 )
 from lmobj.train.ema import EMA
 from lmobj.train.guard import GUARD, Guard, GuardState, Verdict, judge, select
@@ -103,7 +105,7 @@ class Program:
 
     def init(self, params: Params, batch_size: int) -> State:
         """The state at step 0 for given parameters."""
-        models = {role: nnx.merge(self.graphs[role], values) for role, values in params.items()}
+        models = self._merged(params)
         own = self.objective.init(models, jax.random.fold_in(self.key, 1), batch_size)
         return State(
             step=jnp.zeros((), jnp.int32),
@@ -161,8 +163,17 @@ class Program:
         return noise_keys, Context(model_keys, state.step, self.vocab, state.objective.params, train=train)
 
     def _models(self, params: Params, frozen: Params) -> Models:
-        given = {**jax.lax.stop_gradient(frozen), **params}
-        return {role: nnx.merge(graph, given[role]) for role, graph in self.graphs.items()}
+        return self._merged({**jax.lax.stop_gradient(frozen), **params})
+
+    def _merged(self, values: Params) -> Models:
+        """Models from their parameters. Those with experts are refused to an objective that leaves routers alone."""
+        models = {role: nnx.merge(self.graphs[role], value) for role, value in values.items()}
+        if with_router_losses(self.objective, models) is not self.objective:
+            raise ValueError(
+                f"Program: the objective is {type(self.objective).__name__} and a model has experts, whose routers "
+                "collapse without losses of their own; accepted: lmobj.objectives.Routed(objective)."
+            )
+        return models
 
     def _updates_made(self, state: State, update: int) -> Int[Array, ""]:
         """Updates that the optimizer has made before this one, the `update`-th of its step."""
@@ -175,10 +186,15 @@ class Program:
         weights = denominators(objective, example)
         factors = {name: schedule(state.step) for name, schedule in self.coefficients.items()}
 
-        def loss(trained: Any, rows: Any) -> tuple[Array, tuple[Any, StepMetrics]]:
+        def statistics(rows: Any) -> Any:
+            part_example, part_carried, part_keys = rows
+            part_ctx = Context(part_keys, state.step, self.vocab, state.objective.params, train=True)
+            return objective.statistics(self._models(state.params, frozen), part_example, part_carried, part_ctx)
+
+        def loss(trained: Any, rows: Any, whole: Any) -> tuple[Array, tuple[Any, StepMetrics]]:
             params, own = _untrained(trained, state.objective.params)
             part_example, part_carried, part_keys = rows
-            part_ctx = Context(part_keys, state.step, self.vocab, own, train=True)
+            part_ctx = Context(part_keys, state.step, self.vocab, own, whole, train=True)
             terms = objective.terms(self._models(params, frozen), part_example, part_carried, part_ctx)
             once = {n for n, kind in objective.term_kinds.items() if kind is TermKind.PARAMETER}
             sums = {n: s / parts if n in once else s for n, s in terms.sums.items()}
@@ -192,14 +208,15 @@ class Program:
         gradient = jax.grad(loss, has_aux=True)
         rows = (example, state.objective.carried, ctx.keys)
         if parts == 1:
-            grads, (carried, metrics) = gradient(trained, rows)
+            grads, (carried, metrics) = gradient(trained, rows, None)
         else:
+            split = jax.tree.map(lambda x: _split_rows(x, parts), rows)
+            whole = jax.lax.stop_gradient(_added_up(statistics, split))
 
             def accumulate(total: Any, part: Any) -> tuple[Any, Any]:
-                grads, aux = gradient(trained, part)
+                grads, aux = gradient(trained, part, whole)
                 return jax.tree.map(jnp.add, total, grads), aux
 
-            split = jax.tree.map(lambda x: _split_rows(x, parts), rows)
             grads, (carried, stacked) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trained), split)
             carried = jax.tree.map(_join_rows, carried)
             metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
@@ -226,6 +243,18 @@ def _trained(params: Params, own: Any) -> Params:
 def _untrained(trained: Params, own: Any) -> tuple[Params, Any]:
     """Undoes `_trained`; `own` is what the objective has, which is not among the trained where it has no arrays."""
     return {role: value for role, value in trained.items() if role != _OWN}, trained.get(_OWN, own)
+
+
+def _added_up(function: Callable[[Any], Any], parts: Any) -> Any:
+    """The sum of `function` over the parts, one after another; not run where it returns no arrays."""
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    if not jax.tree.leaves(shapes):
+        return shapes
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)[0]
 
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:
