@@ -119,8 +119,8 @@ def layouts(vocab: int) -> bool:
     good = True
     print(f"\nEight devices: {TOKENS} tokens (8 rows of {TOKENS // 8}) x {WIDTH} x {vocab}; per device, MiB")
     print(f"{'data,fsdp,tensor':<17} {'table':<25} {'loss':<20} {'temp':>6}  sent")
-    stored = {"vocab->tensor embed->fsdp": partition.DEFAULT_RULES}
-    stored["vocab->tensor,fsdp"] = dict(partition.DEFAULT_RULES, vocab=("tensor", "fsdp"))
+    by_width = dict(partition.DEFAULT_RULES, batch=("data", "fsdp"))
+    stored = {"vocab->tensor embed->fsdp": by_width, "vocab->tensor,fsdp": dict(by_width, vocab=("tensor", "fsdp"))}
     for shape in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 4, 1)):
         mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
         for name, rules in stored.items():

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int, UInt32
 from lmobj.attention._cudnn import cudnn_attention, refuse_for_cudnn
 from lmobj.attention._splash import refuse_for_splash, splash_attention
 from lmobj.attention._xla import xla_attention
+from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
+from lmobj.partition import mesh_axes
 
 __all__ = ["AttentionBackend", "attention"]
 
@@ -62,7 +64,8 @@ def attention(
       site: which attention of the layer this is, for dropout; two attentions of a layer need two sites.
 
     Raises:
-      ValueError: shapes that do not fit one another, or something that the backend cannot honour.
+      ValueError: shapes that do not fit one another, heads that the mesh does not divide, or something that the backend
+        cannot honour.
     """
     heads, groups, width = q.shape[2], k.shape[2], q.shape[3]
     if k.shape != v.shape or k.shape[3] != width or k.shape[0] != q.shape[0] or heads % groups:
@@ -73,6 +76,10 @@ def attention(
     logits = (heads, q.shape[1], k.shape[1])
     if bias is not None and (bias.ndim != 4 or bias.shape[0] not in (1, q.shape[0]) or bias.shape[1:] != logits):
         raise ValueError(f"attention: the bias is {bias.shape}; expected [{q.shape[0]} or 1, {str(logits)[1:-1]}].")
+    ways = mesh_axes("heads")
+    if heads % math.prod(ways.values()):
+        sizes = ", ".join(f"train.mesh.{axis}={size}" for axis, size in ways.items())
+        raise UserError(f"{sizes} does not divide the {heads} heads of attention; accepted: a divisor of {heads}.")
     scale = 1 / math.sqrt(width) if scale is None else scale
     if dropout_seeds is None:
         dropout_rate = 0.0

@@ -35,7 +35,7 @@ from lmobj.train import distributed
 from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together, unnamed
 from lmobj.train.config import TrainConfig
 from lmobj.train.guard import GUARD
-from lmobj.train.optimizers import make_optimizer
+from lmobj.train.optimizers import laid_out, make_optimizer
 from lmobj.train.roles import build_models, built_roles
 from lmobj.train.run_folder import differing_keys
 from lmobj.train.schedules import make_schedule
@@ -43,10 +43,12 @@ from lmobj.train.sharding import (
     active,
     batch_sharding,
     check_batch,
+    check_length,
     initialise,
     logical_axes,
     make_mesh,
     make_rules,
+    over_replicas,
     parameter_shardings,
     state_shardings,
 )
@@ -94,7 +96,8 @@ class Design:
     """Shape, dtype and sharding of every leaf of the state."""
     replicated: tuple[str, ...]
     """Parameters that a mesh axis did not divide and that every device therefore holds whole."""
-    _init: Callable[[], State]
+    _init: Callable[[Any], State]
+    """Of the data of a key."""
 
     def coefficients(self, step: Any) -> dict[str, float]:
         """Each term's coefficient at a step."""
@@ -127,7 +130,7 @@ class Design:
         It is waited for: where there is no room for an array, the CPU's backend tells whoever waits for all of them,
         and leaves waiting forever who reads a single number.
         """
-        state: State = jax.block_until_ready(initialise(self._init, self.shardings, self.mesh, self.rules))
+        state: State = jax.block_until_ready(initialise(self._init, self.shardings, self.mesh, self.rules, self._key))
         return state
 
     @functools.cached_property
@@ -137,12 +140,17 @@ class Design:
         The learning rate of the step's first update is among the metrics. The host could reckon it too, but on the
         device's own queue, and so would wait for the step after.
         """
-        return lambda state, batch: self._run(self._jitted_train_step, state, batch)
+        return lambda state, batch: self._run(self._jitted_train_step, state, batch, self._key)
+
+    @functools.cached_property
+    def _key(self) -> NDArray[np.uint32]:
+        """The run's key, an argument of all programs, so that runs with other seeds need no compilation."""
+        return self.program.key_data
 
     @functools.cached_property
     def _jitted_train_step(self) -> Any:
-        def step(state: State, frozen: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[State, StepMetrics]:
-            state, metrics = self.program.train_step(state, frozen, batch)
+        def step(state: State, frozen: Any, batch: dict[str, Any], key: jax.Array) -> tuple[State, StepMetrics]:
+            state, metrics = self.program.with_key(key).train_step(state, frozen, batch)
             rate = self.learning_rate(metrics[f"{GUARD}updates"][0])
             return state, {**metrics, "learning_rate": (rate, jnp.ones(()))}
 
@@ -183,7 +191,7 @@ class Design:
     def lower_train_step(self) -> jax.stages.Lowered:
         """The training step, traced from shapes: `.compile()` it for its memory and text."""
         with active(self.mesh, self.rules):
-            return self._jitted_train_step.lower(self.abstract_state, {}, self.abstract_batch)
+            return self._jitted_train_step.lower(self.abstract_state, {}, self.abstract_batch, self._key)
 
     @functools.cached_property
     def eval_step(self) -> Callable[..., tuple[StepMetrics, Any]]:
@@ -191,19 +199,23 @@ class Design:
 
         Before the first, `fresh_carried` gives it.
         """
-        step = jax.jit(self.program.eval_step)
-        return lambda state, batch, carried=(): self._run(step, state, batch, carried)
+
+        @jax.jit
+        def step(state: State, frozen: Any, batch: dict[str, Any], key: jax.Array, carried: Any) -> Any:
+            return self.program.with_key(key).eval_step(state, frozen, batch, carried)
+
+        return lambda state, batch, carried=(): self._run(step, state, batch, self._key, carried)
 
     def fresh_carried(self, state: State) -> Any:
         """What an objective with a memory carries before any text was read."""
         with active(self.mesh, self.rules):
-            return self._jitted_fresh_carried(state)
+            return self._jitted_fresh_carried(state, self._key)
 
     @functools.cached_property
     def _jitted_fresh_carried(self) -> Any:
         size = self.config.train.batch_size
         return jax.jit(
-            lambda state: self.program.fresh_carried(state, {}, size),
+            lambda state, key: self.program.with_key(key).fresh_carried(state, {}, size),
             out_shardings=self.shardings.objective.carried,
         )
 
@@ -368,16 +380,17 @@ def design(
     rules = make_rules(settings.sharding)
     _check_experts(builder, mesh, rules)
     rows = objective.rows(vocab, config.data.length)
+    check_length(config.data.length, mesh, rules)
     if not isinstance(rows, RowSpec):
         for name, size in objective.member_rows(settings.batch_size).items():
             share = f"objective.members.{name}'s share of train.batch_size"
             check_batch(size, mesh, rules, accumulate=settings.accumulate, key=share)
     roles = built_roles(objective)
 
-    def build() -> dict[str, nnx.Module]:
-        return build_models(objective, builder, vocab, roles, settings.seed)
+    def build(key: jax.Array) -> dict[str, nnx.Module]:
+        return build_models(objective, builder, vocab, roles, key)
 
-    abstract = nnx.eval_shape(build)
+    abstract = nnx.eval_shape(build, jax.random.key(0))
     trained = with_router_losses(objective, abstract)
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
     program = Program(
@@ -392,14 +405,19 @@ def design(
         ema=settings.ema,
     )
 
-    def init() -> State:
-        params = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in build().items()}
-        return program.init(params, settings.batch_size)
+    def init(key: Any) -> State:
+        seeded = program.with_key(key)
+        params = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in build(seeded.key).items()}
+        return seeded.init(params, settings.batch_size)
 
     with active(mesh, rules):
-        shapes = jax.eval_shape(init)
+        shapes = jax.eval_shape(init, program.key_data)
     parameters = parameter_shardings(abstract, mesh, rules)
     shardings = state_shardings(shapes, parameters, mesh, rules)
+    if settings.zero:
+        shared = over_replicas(shapes, shardings, mesh)
+        program = dataclasses.replace(program, optimizer=laid_out(program.optimizer, shared.trained))
+        shardings = shardings._replace(opt_state=shared.opt_state, ema=shared.ema)
     return Design(
         config=config,
         objective=objective,

@@ -32,7 +32,7 @@ class TrainConfig:
     steps: int = 1000
     """Global batches to train on, at least 1."""
     batch_size: int = 16
-    """Rows in a global batch, over all devices and microbatches; a multiple of accumulate and of data x fsdp."""
+    """Rows in a global batch, over all devices and microbatches; a multiple of accumulate and of data x fsdp x expert."""
     accumulate: int = 1
     """Microbatches that a global batch is taken in, to save memory; the result is that of the whole batch."""
     optimizer: Optimizer = field(default_factory=AdamW)
@@ -45,6 +45,8 @@ class TrainConfig:
     """Weight of each of the objective's terms, a number or a schedule; the objective's own where absent."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the devices are arranged."""
+    zero: bool = False
+    """Cut optimizer state and moving average over `data` as well (ZeRO stage 1): less memory, the same result."""
     sharding: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Logical axis name -> mesh axes, for the names that differ from the default table."""
     log_every: int = 10

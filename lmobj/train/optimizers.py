@@ -37,6 +37,7 @@ __all__ = [
     "Muon",
     "Optimizer",
     "decay_mask",
+    "laid_out",
     "make_optimizer",
     "per_layer",
 ]
@@ -406,6 +407,20 @@ def make_optimizer(
         case Muon():
             return optax.chain(*clip, _muon_rule(config, describer(logical_axes)), *decay, rate)
     raise TypeError(f"not an optimizer: {config!r}")
+
+
+def laid_out(optimizer: optax.GradientTransformation, shardings: Any) -> optax.GradientTransformation:
+    """The optimizer with its work laid out over devices by `shardings`, a tree like the parameters.
+
+    Gradients and parameters that come in are cut so, which turns the sum of gradients over replicas into one where each
+    device gets its part alone (reduce-scatter).
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, params = (jax.lax.with_sharding_constraint(x, shardings) for x in (updates, params))
+        return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _adafactor_rule(

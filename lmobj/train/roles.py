@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Key
 
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
@@ -30,10 +31,9 @@ def built_roles(objective: Objective) -> tuple[str, ...]:
 
 
 def build_models(
-    objective: Objective, builder: ModelBuilder, vocab: Vocabulary, roles: tuple[str, ...], seed: int
+    objective: Objective, builder: ModelBuilder, vocab: Vocabulary, roles: tuple[str, ...], key: Key[Array, ""]
 ) -> dict[str, nnx.Module]:
     """The models with fresh parameters, by role."""
-    key = jax.random.key(seed)
     model = builder.build(vocab, nnx.Rngs(params=key))
     if HEADS not in roles:
         return {roles[0]: model}

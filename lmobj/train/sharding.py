@@ -28,10 +28,12 @@ __all__ = [
     "active",
     "batch_sharding",
     "check_batch",
+    "check_length",
     "initialise",
     "logical_axes",
     "make_mesh",
     "make_rules",
+    "over_replicas",
     "parameter_shardings",
     "state_shardings",
 ]
@@ -54,12 +56,12 @@ class MeshConfig:
     """Replicas, each with its own rows; -1 or at least 1."""
     fsdp: int = 1
     """Devices that share the rows and the parameters of a replica between them; -1 or at least 1."""
-    expert: int = 1
-    """Devices that share the rows and the experts of a mixture of experts between them; -1 or at least 1."""
-    sequence: int = 1
-    """Devices that split the length of each row (context parallel); -1 or at least 1."""
     tensor: int = 1
     """Devices that split each layer's heads, mlp and vocabulary; -1 or at least 1."""
+    sequence: int = 1
+    """Devices that split the length of each row (context parallel); -1 or at least 1."""
+    expert: int = 1
+    """Devices that share the rows and the experts of a mixture of experts between them; -1 or at least 1."""
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -130,6 +132,18 @@ def check_batch(
         raise UserError(
             f"{key} is {batch_size}, which does not split into {accumulate} microbatches over {shards} devices "
             f"({parts}); accepted: a multiple of {accumulate * shards}."
+        )
+
+
+def check_length(length: int, mesh: Mesh, rules: partition.Rules) -> None:
+    """Refuses rows that do not split evenly over the mesh axes of their length."""
+    axes = [axis for axis in rules["length"] if mesh.shape[axis] > 1]
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    if length % ways:
+        sizes = ", ".join(f"train.mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+        raise UserError(
+            f"data.length is {length}, which does not split over {ways} devices ({sizes}); accepted: a multiple of "
+            f"{ways}."
         )
 
 
@@ -289,10 +303,32 @@ def _spec_like(shape: tuple[int, ...], owner: tuple[int, ...], spec: PartitionSp
     return PartitionSpec()
 
 
-def initialise(build: Callable[[], T], shardings: Any, mesh: Mesh, rules: partition.Rules) -> T:
-    """`build()` under jit with its results laid out by `shardings`: each device computes and holds its shards alone.
+def over_replicas(shapes: T, shardings: T, mesh: Mesh) -> T:
+    """`shardings` with every array cut over `data` as well, along the longest dimension that it divides.
+
+    Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.1: of the
+    optimizer state each replica keeps, and computes, its own part.
+    """
+    ways = mesh.shape["data"]
+
+    def cut(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        local = sharding.shard_shape(shape.shape)
+        axis = max((a for a, size in enumerate(local) if size % ways == 0), key=lambda a: local[a], default=None)
+        if axis is None:
+            return sharding
+        entries = [*sharding.spec, *(None,) * (len(local) - len(sharding.spec))]
+        entry = entries[axis]
+        entries[axis] = ("data", *((entry,) if isinstance(entry, str) else entry or ()))
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    cut_tree: T = jax.tree.map(cut, shapes, shardings)
+    return cut_tree
+
+
+def initialise(build: Callable[..., T], shardings: Any, mesh: Mesh, rules: partition.Rules, *arguments: Any) -> T:
+    """`build(*arguments)` under jit with its results laid out by `shardings`: each device computes and holds its shards alone.
 
     The values are those of an unsharded call: threefry draws do not depend on the layout.
     """
     with active(mesh, rules):
-        return jax.jit(build, out_shardings=shardings)()
+        return jax.jit(build, out_shardings=shardings)(*arguments)

@@ -8,6 +8,7 @@ statistics of the whole batch, a forward pass over the microbatches adds them up
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import NDArray
 
 from lmobj.batch import Batch, Vocabulary
 from lmobj.errors import UserError
@@ -43,6 +46,8 @@ Params = dict[str, Any]
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 StepMetrics = dict[str, Metric]
 
+_PRNG = "threefry2x32"
+
 TERM = "term/"
 """Prefix of the metrics that hold each term on its own."""
 
@@ -66,6 +71,11 @@ class State(NamedTuple):
     ema: Params | tuple[()] = ()
 
     @property
+    def trained(self) -> Params:
+        """All that the optimizer changes: the parameters, and the objective's own where it has any."""
+        return _trained(self.params, self.objective.params)
+
+    @property
     def weights(self) -> Params:
         """What evaluation and generation use: the moving average where there is one, else the parameters."""
         if not self.ema:
@@ -80,6 +90,7 @@ class Program:
 
     graphs: role -> graph definition of every model, frozen ones included.
     coefficients: term -> schedule over steps.
+    seed: a number, or its key: one that is an argument of a compiled program leaves the program the same for all seeds.
     accumulate: microbatches per global batch.
     guard: which updates are passed over; whether the run ends then is the loop's business.
     ema: how the parameters are averaged, if they are.
@@ -90,7 +101,7 @@ class Program:
     vocab: Vocabulary
     optimizer: optax.GradientTransformation
     coefficients: Mapping[str, Schedule]
-    seed: int
+    seed: int | Array
     accumulate: int = 1
     guard: Guard = field(default_factory=Guard)
     ema: EMA | None = None
@@ -119,7 +130,18 @@ class Program:
     @property
     def key(self) -> Array:
         """The run's key, from which every row key is addressed."""
-        return jax.random.key(self.seed, impl="threefry2x32")
+        if isinstance(self.seed, int):
+            return jax.random.key(self.seed, impl=_PRNG)
+        return self.seed
+
+    @property
+    def key_data(self) -> NDArray[np.uint32]:
+        """The key as numbers on the host, to be given to a compiled program."""
+        return np.asarray(jax.random.key_data(self.key))
+
+    def with_key(self, key_data: Array | NDArray[np.uint32]) -> Program:
+        """The program under another seed, which may be traced."""
+        return dataclasses.replace(self, seed=jax.random.wrap_key_data(jnp.asarray(key_data), impl=_PRNG))
 
     def train_step(self, state: State, frozen: Params, batch: Batch) -> tuple[State, StepMetrics]:
         """One global batch: prepare, then one or more updates. Metrics are (sum, weight) pairs.
@@ -204,7 +226,7 @@ class Program:
             metrics = {"loss": (total, jnp.full((), 1 / parts)), **each, **terms.metrics}
             return total, (terms.carried, metrics)
 
-        trained = _trained(state.params, state.objective.params)
+        trained = state.trained
         gradient = jax.grad(loss, has_aux=True)
         rows = (example, state.objective.carried, ctx.keys)
         if parts == 1:

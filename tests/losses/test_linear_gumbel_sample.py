@@ -112,7 +112,8 @@ def full_without_settings(arrays: dict[str, jax.Array]) -> jax.Array:
     return jnp.argmax(logits + noise.gumbel(arrays["seeds"][..., None], jnp.arange(CLASSES)), axis=-1)
 
 
-BY_CLASS = dict(partition.DEFAULT_RULES, vocab=("tensor", "fsdp"))
+BY_WIDTH = dict(partition.DEFAULT_RULES, batch=("data", "fsdp"))
+BY_CLASS = dict(BY_WIDTH, vocab=("tensor", "fsdp"))
 NAMES = {
     "hidden": ("batch", None, None),
     "table": ("vocab", "embed"),
@@ -130,10 +131,10 @@ def on_one_device() -> np.ndarray:
 @pytest.mark.parametrize(
     ("shape", "rules"),
     [
-        pytest.param((8, 1, 1), partition.DEFAULT_RULES, id="data"),
-        pytest.param((1, 8, 1), partition.DEFAULT_RULES, id="fsdp"),
-        pytest.param((1, 1, 8), partition.DEFAULT_RULES, id="tensor"),
-        pytest.param((2, 2, 2), partition.DEFAULT_RULES, id="all three"),
+        pytest.param((8, 1, 1), BY_WIDTH, id="data"),
+        pytest.param((1, 8, 1), BY_WIDTH, id="fsdp"),
+        pytest.param((1, 1, 8), BY_WIDTH, id="tensor"),
+        pytest.param((2, 2, 2), BY_WIDTH, id="all three"),
         pytest.param((2, 2, 2), BY_CLASS, id="all three by class"),
     ],
 )

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from lmobj import objectives, partition
 from lmobj.objectives import Context, Example
-from lmobj.train.sharding import parameter_shardings, state_shardings
+from lmobj.train.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings, state_shardings
 from tests.objectives.contract import (
     BATCH,
     CASES,
@@ -173,10 +173,10 @@ def test_microbatches_equal_the_batch(bench: Bench, accumulate: int) -> None:
     assert norm_gap(change(split), change(whole)) < 1e-12 * 1e2  # the difference of parameters loses two digits
 
 
-def _on_mesh(bench: Bench, shape: tuple[int, int, int], steps: int) -> tuple[Any, list[float], str]:
-    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+def _on_mesh(bench: Bench, config: MeshConfig, steps: int) -> tuple[Any, list[float], str]:
+    mesh = make_mesh(config)
     program = bench.program()
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    rows = batch_sharding(mesh, partition.DEFAULT_RULES)
     with jax.set_mesh(mesh), partition.rules(partition.DEFAULT_RULES):
         shardings = parameter_shardings(nnx.eval_shape(lambda: _merged(bench)), mesh, partition.DEFAULT_RULES)
         placed = jax.tree.map(jax.device_put, bench.params, shardings.tree)
@@ -191,13 +191,22 @@ def _on_mesh(bench: Bench, shape: tuple[int, int, int], steps: int) -> tuple[Any
     return state, losses, step.as_text()
 
 
-@cases_with("shape", [(2, 2, 2)], [(8, 1, 1), (1, 8, 1), (1, 2, 4)], FULL_CASES)
-def test_layouts_equal_one_device(bench: Bench, shape: tuple[int, int, int]) -> None:
+MESHES = {
+    "fsdp sequence tensor": MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "data sequence": MeshConfig(data=2, sequence=4),
+    "data fsdp tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+@cases_with("shape", list(MESHES)[:1], list(MESHES)[1:], FULL_CASES)
+def test_layouts_equal_one_device(bench: Bench, shape: str) -> None:
     alone, losses = bench.trained
-    state, sharded, text = _on_mesh(bench, shape, steps=2)
+    state, sharded, text = _on_mesh(bench, MESHES[shape], steps=2)
     np.testing.assert_allclose(sharded, losses, rtol=EXACT)
     assert norm_gap(jax.device_get(state.params), alone.params) < EXACT
-    if shape == (8, 1, 1):
+    if shape == "data":
         # Pure data parallelism moves gradients and scalars, by all-reduce; gathering anything would mean that the
         # partitioner lost track of the rows.
         assert "all-reduce" in text

@@ -72,19 +72,20 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (s.MeshConfig(), (8, 1, 1)),
-        (s.MeshConfig(fsdp=4), (2, 4, 1)),
-        (s.MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 2)),
-        (s.MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
-        (s.MeshConfig(data=1), (1, 1, 1)),
+        (s.MeshConfig(), (8, 1, 1, 1, 1)),
+        (s.MeshConfig(fsdp=4), (2, 4, 1, 1, 1)),
+        (s.MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 1, 1, 2)),
+        (s.MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
+        (s.MeshConfig(sequence=2, expert=2), (2, 1, 2, 2, 1)),
+        (s.MeshConfig(data=1), (1, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_sizes(config: s.MeshConfig, sizes: tuple[int, ...]) -> None:
     mesh = s.make_mesh(config)
     assert tuple(mesh.shape.values()) == sizes
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == s.MESH_AXES == ("data", "fsdp", "expert", "sequence", "tensor")
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
-    assert tuple(s.make_mesh(s.MeshConfig(), jax.devices()[:2]).shape.values()) == (2, 1, 1)
+    assert tuple(s.make_mesh(s.MeshConfig(), jax.devices()[:2]).shape.values()) == (2, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_optimizer_state_is_sharded_like_its_parameter(config: Any) -> None:
     assert shardings.params == parameters.tree
     assert shardings.average == parameters.tree
     assert shardings.step.spec == P()
-    assert shardings.carried["memory"].spec == P(("data", "fsdp"))
+    assert shardings.carried["memory"].spec == P(("data", "fsdp", "expert"))
 
     placed = dict(jax.tree_util.tree_flatten_with_path(shardings.opt_state)[0])
     kernel, factors = P(None, ("fsdp",), ("tensor",)), 0
