@@ -9,7 +9,7 @@ print(bench.markdown_table(result.header, result.rows))
 from __future__ import annotations
 
 from lmobj.bench._config import Benchmark, Budget, experiments, load, schema
-from lmobj.bench._flops import formula_flops, matmul_flops, step_flops
+from lmobj.bench._flops import matmul_flops, step_flops
 from lmobj.bench._labelled import Labelled, ProbeData, labelled_texts
 from lmobj.bench._plan import ArmPlan, plan_arm
 from lmobj.bench._probe import Scores, fit_and_score, majority, probe_model
@@ -36,7 +36,6 @@ __all__ = [
     "WhichDocumentProbe",
     "experiments",
     "fit_and_score",
-    "formula_flops",
     "labelled_texts",
     "load",
     "majority",

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step: counted in the compiled program, and by the usual formula.
+"""Floating-point operations of a training step, counted in the compiled program.
 
 What is counted is matrix products, the convention behind "6 N D" and model FLOPs utilisation: a product of [m, k] and
 [k, n] is 2 m k n operations, a multiplication and an addition each. XLA's own `cost_analysis` will not do: it takes the
@@ -22,25 +22,12 @@ from dataclasses import dataclass, field
 from lmobj.errors import UserError
 from lmobj.train.assemble import Design
 
-__all__ = ["formula_flops", "matmul_flops", "step_flops"]
+__all__ = ["matmul_flops", "step_flops"]
 
 
 def step_flops(design: Design, hlo_text: str) -> int:
     """Counted operations of one training step on all devices. `hlo_text` is the program of one of them."""
     return matmul_flops(hlo_text) * design.mesh.size
-
-
-def formula_flops(design: Design) -> float:
-    """The estimate (6 N + 12 layers width length) tokens of Chowdhery et al. 2022 (PaLM), appendix B, for one step.
-
-    N is all trainable parameters, embeddings included and those of shared layers once for each layer, as if each met
-    every token in one product forwards and two backwards. The second part is attention, and 0 for models without
-    `layers` and `width` in their settings. It knows nothing of recomputation, of vocabulary heads on predicted
-    positions only, or of a second model's attention.
-    """
-    model, length = design.config.model, design.config.data.length
-    attention = 12 * getattr(model, "layers", 0) * getattr(model, "width", 0) * length
-    return float((6 * design.applied_parameter_count + attention) * design.tokens_per_step)
 
 
 def matmul_flops(hlo_text: str) -> int:
