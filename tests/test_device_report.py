@@ -107,6 +107,7 @@ def test_attention_is_checked_and_what_cudnn_cannot_is_refused() -> None:
         "float32 xla": "ok",
         "bfloat16 xla": "ok",
         "bfloat16 cudnn": "refused",
+        "bfloat16 splash": "refused",
     }
     assert "NVIDIA GPUs" in found["bfloat16 cudnn"].detail
 

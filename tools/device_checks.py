@@ -42,7 +42,7 @@ is nothing but rounding."""
 Arrays = dict[str, Any]
 Variant = tuple[str, str]
 """(dtype, attention backend)."""
-VARIANTS: tuple[Variant, ...] = (("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", "cudnn"))
+VARIANTS: tuple[Variant, ...] = (("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", "cudnn"), ("bfloat16", "splash"))
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,7 @@ def test_builds_under_jit_with_the_same_values(name: str) -> None:
         (lambda: DecoderConfig(layers=0), "model.layers is 0; it must be at least 1"),
         (lambda: DecoderConfig(dropout=1.0), r"model.dropout is 1.0; it must be in \[0, 1\)"),
         (lambda: DecoderConfig(attention_backend="cudnn", attention_dropout=0.1), "cannot drop out"),
+        (lambda: DecoderConfig(attention_backend="splash", attention_dropout=0.1), "is splash, which cannot drop out"),
         (lambda: DecoderConfig(attention_backend="cudnn", attention_soft_cap=5.0), "cannot cap"),
         (lambda: EncoderConfig(width=10, heads=3), "model.heads is 3 and model.width is 10"),
         (lambda: EncoderConfig(token_types=0), "model.token_types is 0"),
