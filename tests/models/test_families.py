@@ -212,6 +212,17 @@ def test_remat_policies_agree(name: str) -> None:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), results[0], other)
 
 
+def test_offload_is_refused_where_there_is_no_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def addressable_memories(self) -> list[Any]:
+            return [type("Memory", (), {"kind": "device"})]
+
+    graphdef, params = build(dataclasses.replace(CONFIGS["gpt2"], remat="offload"))
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with pytest.raises(ValueError, match="model.remat is offload, .* these have device; accepted here: none"):
+        hidden(graphdef, params, random_tokens(3, L), mask=natural_mask("gpt2"))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_parameter_has_axes_that_the_rules_know(name: str) -> None:
     state = nnx.state(jax.eval_shape(lambda: CONFIGS[name].build(VOCAB, nnx.Rngs(0))))
