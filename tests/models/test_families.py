@@ -219,7 +219,7 @@ def test_offload_is_refused_where_there_is_no_pinned_memory(monkeypatch: pytest.
 
     graphdef, params = build(dataclasses.replace(CONFIGS["gpt2"], remat="offload"))
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    with pytest.raises(ValueError, match="model.remat is offload, .* these have device; accepted here: none"):
+    with pytest.raises(ValueError, match=r"model\.remat is offload, .* these have device; accepted here: none"):
         hidden(graphdef, params, random_tokens(3, L), mask=natural_mask("gpt2"))
 
 
