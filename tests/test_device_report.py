@@ -38,12 +38,12 @@ def run(name: str) -> dict[str, checks.Finding]:
 @pytest.fixture
 def without_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that lets packed documents see each other, the error that a peer shipped."""
-    right = attention_module._xla
+    right = attention_module.xla_attention
 
     def wrong(q: Any, k: Any, v: Any, mask: masks.AttentionMask, *rest: Any) -> Any:
         return right(q, k, v, masks.causal() if mask.causal else masks.bidirectional(), *rest)
 
-    monkeypatch.setattr(attention_module, "_xla", wrong)
+    monkeypatch.setattr(attention_module, "xla_attention", wrong)
 
 
 def test_the_reference_of_attention_by_hand() -> None:
@@ -107,6 +107,7 @@ def test_attention_is_checked_and_what_cudnn_cannot_is_refused() -> None:
         "float32 xla": "ok",
         "bfloat16 xla": "ok",
         "bfloat16 cudnn": "refused",
+        "bfloat16 splash": "refused",
     }
     assert "NVIDIA GPUs" in found["bfloat16 cudnn"].detail
 
@@ -119,7 +120,7 @@ def test_wrong_attention_is_caught_and_ends_with_1(tmp_path: pathlib.Path, capsy
     failed = {finding["variant"]: finding for finding in found["checks"] if finding["status"] == "failed"}
     assert set(failed) == {"float32 xla", "bfloat16 xla"}
     assert failed["float32 xla"]["value_error"] > 0.1
-    assert "2 failed, 1 refused" in capsys.readouterr().out
+    assert "2 failed, 2 refused" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -143,7 +144,7 @@ def test_an_error_that_is_no_refusal_fails() -> None:
         raise ValueError("shapes do not fit")
 
     check = checks.Check("broken", lambda: ((), ()), broken)
-    assert [finding.status for finding in check.findings()] == ["failed", "failed", "refused"]
+    assert [finding.status for finding in check.findings()] == ["failed", "failed", "refused", "refused"]
     lost = checks.Check("nan", lambda: (np.ones(2), ()), lambda *_: (np.asarray([1, np.nan]), ()))
     assert {finding.status for finding in lost.findings()} == {"failed"}
 
