@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import pytest
 from families import CAUSAL, CONFIGS
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
 from lmobj import masks, partition
 from lmobj.batch import Vocabulary
+from lmobj.train.sharding import MeshConfig, make_mesh
 
 ROWS, LENGTH = 24, 10  # numbers that no parameter has
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_devices_never_gather_each_others_rows(name: str) -> None:
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     graphdef, params = nnx.split(jax.eval_shape(lambda: CONFIGS[name].build(Vocabulary(4096), nnx.Rngs(0))))
 
     def loss(params: Any, tokens: Any, segments: Any, seeds: Any) -> Any:

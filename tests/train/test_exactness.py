@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tiny_runs import PEAK, Kind, experiment
 
-from lmobj.train import Assembly, State
+from lmobj.train import Assembly, State, assemble
+from lmobj.train.plan import shard_bytes
 from lmobj.train.sharding import MeshConfig
 from tools import measure_exactness as exact
 
@@ -87,6 +88,21 @@ def test_eight_devices_compute_what_one_does(
     assert PEAK <= 3e-3
     assert exact.loss_gap(losses, other) <= exact.LOSS_LIMITS[dtype]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3  # so that the updates were compared as well
+
+
+@pytest.mark.slow
+def test_each_replica_keeps_and_computes_a_part_of_the_optimizer_state(corpus: pathlib.Path) -> None:
+    """ZeRO: an eighth of the moments on each of eight replicas, and the same losses."""
+    with _precision("float64"):
+        config = exact.adjusted(experiment(corpus, "unused", "causal_lm"), dtype="float64", mesh=DATA, zero=True)
+        run = assemble(config, quiet=True)
+        whole = on_mesh(corpus, "causal_lm", "float64", DATA)
+        losses, _ = exact.curve(run, start(run))
+        same, _ = one_device(corpus, "causal_lm", "float64")
+    assert exact.loss_gap(same, losses) <= exact.LOSS_LIMITS["float64"]
+    assert shard_bytes(run.abstract_state.params) == shard_bytes(whole.abstract_state.params)
+    shares = shard_bytes(run.abstract_state.opt_state) / shard_bytes(whole.abstract_state.opt_state)
+    assert shares == pytest.approx(1 / 8, rel=0.02)  # short vectors that 8 does not divide stay whole
 
 
 GRADIENTS: list[tuple[exact.DType, tuple[int, ...]]] = [("float64", (4, 8)), ("float32", (8,))]
