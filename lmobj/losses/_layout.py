@@ -154,7 +154,9 @@ def _size(axes: _Axes) -> int:
 def _split(x: A, cuts: tuple[_Axes, ...], groups: tuple[_Axes, _Axes]) -> A:
     """[N_1, N_2, ...] -> [groups, N_1/.., N_2/.., ...], where `cuts` are the mesh axes of each leading dimension."""
     # One dimension per mesh axis first: the partitioner keeps such a reshape on the device, whatever the order.
-    parts = [size for axes, whole in zip(cuts, x.shape, strict=False) for size in (*_sizes(axes), whole // _size(axes))]
+    parts: list[int] = []
+    for dimension, cut in enumerate(cuts):
+        parts += [*_sizes(cut), x.shape[dimension] // _size(cut)]
     x = x.reshape(*parts, *x.shape[len(cuts) :])
     order = _order(cuts, groups)
     x = x.transpose(*order, *range(len(order), x.ndim))

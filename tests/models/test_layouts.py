@@ -38,9 +38,8 @@ def test_devices_never_gather_each_others_rows(name: str) -> None:
     seeds = placed(jax.ShapeDtypeStruct((ROWS,), jnp.uint32), ("batch",))
     with jax.set_mesh(mesh), partition.rules(partition.DEFAULT_RULES):
         text = jax.jit(jax.grad(loss)).lower(params, ids, ids, seeds).compile().as_text()
-    gathered = [
-        [int(n) for n in shape.split(",")] for shape in re.findall(r"\[([\d,]+)\][^=\n]* all-gather(?:-start)?\(", text)
-    ]
+    found = re.findall(r"f\d+\[([\d,]+)\][^=\n]* all-gather(?:-start)?\(", text)
+    gathered = [[int(n) for n in shape.split(",")] for shape in found]
     assert gathered, "parameters split over fsdp are gathered where they are used"
     activations = {ROWS, ROWS * LENGTH, ROWS // 2, ROWS * LENGTH // 2}
     assert not [shape for shape in gathered if activations & set(shape)]
