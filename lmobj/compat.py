@@ -89,8 +89,9 @@ def splash_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v by the backward kernels of jax's splash attention, for one row.
 
-    `y` and `lse` are what the forward kernel gave, `g` is the gradient of `y`. The kernel's public call is differentiated by jax, which runs the forward kernel once more to get `y` and `lse`;
-    whoever has kept them has no public way to say so.
+    `y` and `lse` are what the forward kernel gave, `g` is the gradient of `y`. The kernel's public call is
+    differentiated by jax, which runs the forward kernel once more to get `y` and `lse`; whoever has kept them has no
+    public way to say so.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as private
 

@@ -42,7 +42,7 @@ is nothing but rounding."""
 Arrays = dict[str, Any]
 Variant = tuple[str, str]
 """(dtype, attention backend)."""
-VARIANTS: tuple[Variant, ...] = (("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", "cudnn"))
+VARIANTS: tuple[Variant, ...] = (("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", "cudnn"), ("bfloat16", "splash"))
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ def _first_line(error: Exception) -> str:
 
 # --- attention ----------------------------------------------------------------------------------------------------
 
-ROWS, LENGTH, HEADS, GROUPS, WIDTH = 2, 32, 4, 2, 16
-SEGMENTS = np.stack([np.repeat([1, 2, 3, 0], [11, 6, 9, 6]), np.repeat([1, 2], [5, 27])]).astype(np.int32)
-IS_PREFIX = np.stack([np.isin(np.arange(32), [0, 1, 2, 11, 12, 17]), np.arange(32) < 4])
-OFFSETS = np.asarray([3, 24], np.int32)
-RANKS = np.stack([(np.arange(32) * 7 + 3) % 32, (np.arange(32) * 11 + 5) % 32]).astype(np.int32)
+ROWS, LENGTH, HEADS, GROUPS, WIDTH = 2, 128, 4, 2, 16
+SEGMENTS = np.stack([np.repeat([1, 2, 3, 0], [44, 24, 36, 24]), np.repeat([1, 2], [20, 108])]).astype(np.int32)
+IS_PREFIX = np.stack([np.isin(np.arange(LENGTH), [0, 1, 2, 44, 45, 68]), np.arange(LENGTH) < 4])
+OFFSETS = np.asarray([3, 120], np.int32)
+RANKS = np.stack([(np.arange(LENGTH) * 7 + 3) % LENGTH, (np.arange(LENGTH) * 11 + 5) % LENGTH]).astype(np.int32)
 """Two orders of a row."""
-KEY_RANKS = np.where(np.arange(32) < 2, -1, RANKS).astype(np.int32)
+KEY_RANKS = np.where(np.arange(LENGTH) < 2, -1, RANKS).astype(np.int32)
 """The first two tokens are seen by all, so that no query of another stream sees nothing."""
 REMEMBERED = np.stack([np.arange(8) >= 3, np.arange(8) >= 0])
 
@@ -192,6 +192,7 @@ def _attention_check(name: str, make: Callable[[], masks.AttentionMask], soft_ca
 def attention_reference(arrays: Arrays, mask: masks.AttentionMask, soft_cap: float | None) -> tuple[Any, Any]:
     """(y, (dq, dk, dv)) of sum(weight * attention(q, k, v)), one row and head at a time."""
     q, k, v, weight = (arrays[name] for name in ("q", "k", "v", "weight"))
+    mask = jax.tree.map(np.asarray, mask)  # read one element at a time
     y, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
     scale = 1 / np.sqrt(q.shape[-1])
     for b, h in np.ndindex(q.shape[0], q.shape[2]):

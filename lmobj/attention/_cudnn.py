@@ -3,9 +3,9 @@
 What jax 0.10 and 0.11 hand to cuDNN decides the limits (`jax._src.cudnn.fused_attention_stablehlo`):
 
 - bfloat16 and float16. A head is a multiple of 8 wide, at most 128 (256 from Hopper on, which is not relied on).
-- Causal masks, and windows with them, are flags of the kernel, which then skips what is masked. A boolean mask becomes a
-  bias [B, 1, Q, S] of large negative numbers, in memory and without skipping; lengths must then be even to train.
-- A bias is added to the scaled logits, as here, and has a gradient.
+- Causal masks, and windows with them, are flags of the kernel, which then skips what is masked. A boolean mask becomes
+  a bias [B, 1, Q, S] of large negative numbers, in memory and without skipping; lengths must then be even to train.
+- A bias is added to the scaled logits, as here, rounded to the dtype of the inputs; it has a gradient.
 - The kernel can drop out probabilities, with a generator of its own; jax's public call has no such argument, and that
   noise would depend on the layout of the batch. There is no soft cap.
 - jax cuts the call over rows and heads by itself. A cut over length is an error there.
@@ -60,8 +60,8 @@ def refuse_for_cudnn(
         )
     if lengthwise := mesh_axes("length"):
         raise UserError(
-            f"model.attention_backend: 'cudnn' cannot cut rows over length and the mesh axis {next(iter(lengthwise))!r} "
-            "does; set its size to 1, or use 'xla'."
+            f"model.attention_backend: 'cudnn' cannot cut rows over length and the mesh axis {next(iter(lengthwise))!r}"
+            " does; set its size to 1, or use 'xla'."
         )
     if platform() not in ("gpu", "cuda"):
         raise UserError(

@@ -8,6 +8,6 @@ __all__ = ["platform"]
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: the devices of the mesh in force, which may be others than this machine's, else jax's own."""
+    """`cpu`, `gpu` or `tpu`: the devices of the mesh in force, which may be elsewhere, or else jax's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

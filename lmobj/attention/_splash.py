@@ -82,8 +82,8 @@ def refuse_for_splash(
             )
     if lengthwise := mesh_axes("length"):
         raise UserError(
-            f"model.attention_backend: 'splash' cannot cut rows over length and the mesh axis {next(iter(lengthwise))!r} "
-            "does; set its size to 1, or use 'xla'."
+            f"model.attention_backend: 'splash' cannot cut rows over length and the mesh axis "
+            f"{next(iter(lengthwise))!r} does; set its size to 1, or use 'xla'."
         )
     if varying_axes(q, k):
         raise UserError("model.attention_backend: 'splash' cannot run inside jax.shard_map; use 'xla'.")

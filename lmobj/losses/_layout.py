@@ -154,8 +154,7 @@ def _size(axes: _Axes) -> int:
 def _split(x: A, cuts: tuple[_Axes, ...], groups: tuple[_Axes, _Axes]) -> A:
     """[N_1, N_2, ...] -> [groups, N_1/.., N_2/.., ...], where `cuts` are the mesh axes of each leading dimension."""
     # One dimension per mesh axis first: the partitioner keeps such a reshape on the device, whatever the order.
-    parts = [size for axes, whole in zip(cuts, x.shape, strict=False) for size in (*_sizes(axes), whole // _size(axes))]
-    x = x.reshape(*parts, *x.shape[len(cuts) :])
+    x = x.reshape(*_parts(x.shape, cuts), *x.shape[len(cuts) :])
     order = _order(cuts, groups)
     x = x.transpose(*order, *range(len(order), x.ndim))
     rest = sum(map(len, groups))
@@ -171,6 +170,11 @@ def _merge(x: jax.Array, cuts: tuple[_Axes, ...], groups: tuple[_Axes, _Axes]) -
     x = x.transpose(*inverse, *range(len(order), x.ndim))
     whole = [_size(axes) * size for axes, size in zip(cuts, local, strict=True)]
     return x.reshape(*whole, *x.shape[len(order) :])
+
+
+def _parts(shape: tuple[int, ...], cuts: tuple[_Axes, ...]) -> list[int]:
+    """[the sizes of the mesh axes of a dimension, and what is left of it; the next dimension ...]."""
+    return [size for axes, whole in zip(cuts, shape, strict=False) for size in (*_sizes(axes), whole // _size(axes))]
 
 
 def _sizes(axes: _Axes) -> list[int]:

@@ -120,8 +120,9 @@ class DecoderConfig:
     position_init_std: float | None = None
     """Standard deviation of initial learned positions, above 0 (GPT-2's code: 0.01); null: init_std."""
     attention_backend: AttentionBackend = "xla"
-    """`xla` anywhere; without attention dropout also `cudnn`: flash attention on NVIDIA GPUs, with dtype bfloat16 and no
-    cap; and `splash`: flash attention on TPUs, with rows of a multiple of 128 tokens. Decoding with a cache is `xla`."""
+    """`xla` anywhere; without attention dropout also `cudnn`: flash attention on NVIDIA GPUs, with dtype bfloat16 and
+    no cap; and `splash`: flash attention on TPUs, with rows of a multiple of 128 tokens. Decoding with a cache is
+    `xla`."""
     remat: Remat = "dots"
     """What is recomputed in the backward pass: `none`; `dots`: all but products with weights; `block`: each block;
     `offload`: as `dots`, with those products kept in the host's memory meanwhile."""

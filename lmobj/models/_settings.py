@@ -63,7 +63,8 @@ def check_transformer(settings: Any) -> None:
     if settings.attention_backend != "xla" and settings.attention_dropout > 0:
         raise UserError(
             f"model.attention_dropout is {settings.attention_dropout} and model.attention_backend is "
-            f"{settings.attention_backend}, which cannot drop out attention probabilities; set the dropout to 0, or the backend to xla."
+            f"{settings.attention_backend}, which cannot drop out attention probabilities; set the dropout "
+            "to 0, or the backend to xla."
         )
 
 

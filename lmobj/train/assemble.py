@@ -176,8 +176,9 @@ class Design:
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The training step, traced from shapes: `.compile()` it for its memory and text, and `run_compiled` it."""
+        key = self._key  # under a mesh of devices that are not there it could not be computed
         with active(self.mesh, self.rules):
-            return self._jitted_train_step.lower(self.abstract_state, {}, self.abstract_batch, self._key)
+            return self._jitted_train_step.lower(self.abstract_state, {}, self.abstract_batch, key)
 
     def run_compiled(
         self, compiled: jax.stages.Compiled, state: State, batch: Mapping[str, Any]
@@ -202,8 +203,9 @@ class Design:
 
     def fresh_carried(self, state: State) -> Any:
         """What an objective with a memory carries before any text was read."""
+        key = self._key
         with active(self.mesh, self.rules):
-            return self._jitted_fresh_carried(state, self._key)
+            return self._jitted_fresh_carried(state, key)
 
     @functools.cached_property
     def _jitted_fresh_carried(self) -> Any:
@@ -404,8 +406,9 @@ def design(
         params = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in build(seeded.key).items()}
         return seeded.init(params, settings.batch_size)
 
+    key_data = program.key_data
     with active(mesh, rules):
-        shapes = jax.eval_shape(init, program.key_data)
+        shapes = jax.eval_shape(init, key_data)
     parameters = parameter_shardings(abstract, mesh, rules)
     shardings = state_shardings(shapes, parameters, mesh, rules)
     if settings.zero:

@@ -32,7 +32,7 @@ class TrainConfig:
     steps: int = 1000
     """Global batches to train on, at least 1."""
     batch_size: int = 16
-    """Rows in a global batch, over all devices and microbatches; a multiple of accumulate and of data x fsdp x expert."""
+    """Rows in a global batch, over all devices and microbatches; a multiple of accumulate x data x fsdp x expert."""
     accumulate: int = 1
     """Microbatches that a global batch is taken in, to save memory; the result is that of the whole batch."""
     optimizer: Optimizer = field(default_factory=AdamW)

@@ -1,7 +1,7 @@
 """Where every array of a run lives: the device mesh, and the sharding of parameters, optimizer state and batches.
 
-Parameters carry logical axis names; the table of rules (`lmobj.partition`) maps the names to the `MESH_AXES`. Everything
-here follows from those two, and nothing else in the trainer names a mesh axis.
+Parameters carry logical axis names; the table of rules (`lmobj.partition`) maps the names to the `MESH_AXES`.
+Everything here follows from those two, and nothing else in the trainer names a mesh axis.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def over_replicas(shapes: T, shardings: T, mesh: Mesh) -> T:
 
 
 def initialise(build: Callable[..., T], shardings: Any, mesh: Mesh, rules: partition.Rules, *arguments: Any) -> T:
-    """`build(*arguments)` under jit with its results laid out by `shardings`: each device computes and holds its shards alone.
+    """`build(*arguments)` under jit, laid out by `shardings`: each device computes and holds its shards alone.
 
     The values are those of an unsharded call: threefry draws do not depend on the layout.
     """

@@ -212,6 +212,17 @@ def test_remat_policies_agree(name: str) -> None:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), results[0], other)
 
 
+def test_offload_is_refused_where_there_is_no_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def addressable_memories(self) -> list[Any]:
+            return [type("Memory", (), {"kind": "device"})]
+
+    graphdef, params = build(dataclasses.replace(CONFIGS["gpt2"], remat="offload"))
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with pytest.raises(ValueError, match=r"model\.remat is offload, .* these have device; accepted here: none"):
+        hidden(graphdef, params, random_tokens(3, L), mask=natural_mask("gpt2"))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_parameter_has_axes_that_the_rules_know(name: str) -> None:
     state = nnx.state(jax.eval_shape(lambda: CONFIGS[name].build(VOCAB, nnx.Rngs(0))))
@@ -290,6 +301,7 @@ def test_builds_under_jit_with_the_same_values(name: str) -> None:
         (lambda: DecoderConfig(layers=0), "model.layers is 0; it must be at least 1"),
         (lambda: DecoderConfig(dropout=1.0), r"model.dropout is 1.0; it must be in \[0, 1\)"),
         (lambda: DecoderConfig(attention_backend="cudnn", attention_dropout=0.1), "cannot drop out"),
+        (lambda: DecoderConfig(attention_backend="splash", attention_dropout=0.1), "is splash, which cannot drop out"),
         (lambda: DecoderConfig(attention_backend="cudnn", attention_soft_cap=5.0), "cannot cap"),
         (lambda: EncoderConfig(width=10, heads=3), "model.heads is 3 and model.width is 10"),
         (lambda: EncoderConfig(token_types=0), "model.token_types is 0"),

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import pytest
 from families import CAUSAL, CONFIGS
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
 from lmobj import masks, partition
 from lmobj.batch import Vocabulary
+from lmobj.train.sharding import MeshConfig, make_mesh
 
 ROWS, LENGTH = 24, 10  # numbers that no parameter has
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_devices_never_gather_each_others_rows(name: str) -> None:
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     graphdef, params = nnx.split(jax.eval_shape(lambda: CONFIGS[name].build(Vocabulary(4096), nnx.Rngs(0))))
 
     def loss(params: Any, tokens: Any, segments: Any, seeds: Any) -> Any:
@@ -37,9 +38,8 @@ def test_devices_never_gather_each_others_rows(name: str) -> None:
     seeds = placed(jax.ShapeDtypeStruct((ROWS,), jnp.uint32), ("batch",))
     with jax.set_mesh(mesh), partition.rules(partition.DEFAULT_RULES):
         text = jax.jit(jax.grad(loss)).lower(params, ids, ids, seeds).compile().as_text()
-    gathered = [
-        [int(n) for n in shape.split(",")] for shape in re.findall(r"\[([\d,]+)\][^=\n]* all-gather(?:-start)?\(", text)
-    ]
+    found = re.findall(r"f\d+\[([\d,]+)\][^=\n]* all-gather(?:-start)?\(", text)
+    gathered = [[int(n) for n in shape.split(",")] for shape in found]
     assert gathered, "parameters split over fsdp are gathered where they are used"
     activations = {ROWS, ROWS * LENGTH, ROWS // 2, ROWS * LENGTH // 2}
     assert not [shape for shape in gathered if activations & set(shape)]

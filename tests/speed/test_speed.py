@@ -210,22 +210,28 @@ def _like_gpt2() -> Experiment:
 @pytest.mark.parametrize(
     ("make", "apart"),
     [
-        (_like_gpt2, 1e-4),
+        pytest.param(_like_gpt2, 1e-4, id="gpt2"),
         # BERT's denominator has 1e-5 more.
-        (lambda: _like_bert("masked_lm"), 1e-3),
+        pytest.param(lambda: _like_bert("masked_lm"), 1e-3, id="bert", marks=pytest.mark.slow),
         # Slots that were drawn twice count twice in lmobj; the second loss is of samples that are drawn anew.
-        (
+        pytest.param(
             lambda: _like_bert(
                 "replaced_token_detection", "train.coefficients={disc: 0}", "objective.replacement=false"
             ),
             1e-3,
+            id="electra",
+            marks=pytest.mark.slow,
         ),
         # A memory that was never written is invisible in lmobj, and zeros for the peer.
-        (lambda: tiny("permutation_lm", "model.activation=gelu_exact", "model.memory_length=0"), 1e-3),
+        pytest.param(
+            lambda: tiny("permutation_lm", "model.activation=gelu_exact", "model.memory_length=0"),
+            1e-3,
+            id="xlnet",
+            marks=pytest.mark.slow,
+        ),
         # LLaMA has weights of its own: both guess.
-        (lambda: tiny("causal_lm", "model.init_std=0.02"), 0.05),
+        pytest.param(lambda: tiny("causal_lm", "model.init_std=0.02"), 0.05, id="llama", marks=pytest.mark.slow),
     ],
-    ids=["gpt2", "bert", "electra", "xlnet", "llama"],
 )
 def test_peers_begin_with_the_same_loss(make: Callable[[], Experiment], apart: float) -> None:
     pytest.importorskip("torch")

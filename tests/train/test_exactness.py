@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from tiny_runs import PEAK, Kind, experiment
 
-from lmobj.train import Assembly, State
+from lmobj.train import Assembly, State, assemble
+from lmobj.train.plan import shard_bytes
+from lmobj.train.sharding import MeshConfig
 from tools import measure_exactness as exact
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -26,7 +28,7 @@ def _precision(dtype: exact.DType) -> Iterator[None]:
         yield
 
 
-def on_mesh(corpus: pathlib.Path, kind: Kind, dtype: exact.DType, mesh: tuple[int, int, int]) -> Assembly:
+def on_mesh(corpus: pathlib.Path, kind: Kind, dtype: exact.DType, mesh: MeshConfig) -> Assembly:
     return exact.on_mesh(experiment(corpus, "unused", kind), mesh, dtype)
 
 
@@ -46,24 +48,33 @@ def start(run: Assembly) -> State:
 @functools.cache
 def one_device(corpus: pathlib.Path, kind: Kind, dtype: exact.DType) -> tuple[np.ndarray, list[Any]]:
     """The losses and rows of 20 steps on one device."""
-    run = on_mesh(corpus, kind, dtype, (1, 1, 1))
+    run = on_mesh(corpus, kind, dtype, exact.ONE)
     return exact.curve(run, start(run))
 
 
-CASES: list[tuple[Kind, exact.DType, tuple[int, int, int]]] = [
-    *(("causal_lm", "float64", mesh) for mesh in exact.MESHES),
-    *(("masked_lm", "float64", mesh) for mesh in exact.MESHES),
-    ("causal_lm", "float32", (2, 2, 2)),
+DATA, FSDP, THREE, FOUR = exact.FEW
+CASES: list[tuple[Kind, exact.DType, MeshConfig]] = [
+    *(("causal_lm", "float64", mesh) for mesh in exact.FEW),
+    *(("masked_lm", "float64", mesh) for mesh in exact.FEW),
+    ("causal_lm", "float32", THREE),
 ]
-QUICK = {"causal_lm": [(8, 1, 1), (2, 2, 2)], "masked_lm": []}
+QUICK = {"causal_lm": [DATA, FOUR], "masked_lm": []}
+
+
+def _label(case: tuple[Kind, exact.DType, MeshConfig]) -> str:
+    axes = " ".join(f"{axis} {size}" for axis, size in vars(case[2]).items() if size > 1)
+    return f"{case[0]} {case[1]} {axes}"
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "mesh"),
-    [pytest.param(*case, marks=[] if case[2] in QUICK[case[0]] else [pytest.mark.slow]) for case in CASES],
+    [
+        pytest.param(*case, id=_label(case), marks=[] if case[2] in QUICK[case[0]] else [pytest.mark.slow])
+        for case in CASES
+    ],
 )
 def test_eight_devices_compute_what_one_does(
-    corpus: pathlib.Path, kind: Kind, dtype: exact.DType, mesh: tuple[int, int, int]
+    corpus: pathlib.Path, kind: Kind, dtype: exact.DType, mesh: MeshConfig
 ) -> None:
     with _precision(dtype):
         losses, rows = one_device(corpus, kind, dtype)
@@ -79,6 +90,21 @@ def test_eight_devices_compute_what_one_does(
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3  # so that the updates were compared as well
 
 
+@pytest.mark.slow
+def test_each_replica_keeps_and_computes_a_part_of_the_optimizer_state(corpus: pathlib.Path) -> None:
+    """ZeRO: an eighth of the moments on each of eight replicas, and the same losses."""
+    with _precision("float64"):
+        config = exact.adjusted(experiment(corpus, "unused", "causal_lm"), dtype="float64", mesh=DATA, zero=True)
+        run = assemble(config, quiet=True)
+        whole = on_mesh(corpus, "causal_lm", "float64", DATA)
+        losses, _ = exact.curve(run, start(run))
+        same, _ = one_device(corpus, "causal_lm", "float64")
+    assert exact.loss_gap(same, losses) <= exact.LOSS_LIMITS["float64"]
+    assert shard_bytes(run.abstract_state.params) == shard_bytes(whole.abstract_state.params)
+    shares = shard_bytes(run.abstract_state.opt_state) / shard_bytes(whole.abstract_state.opt_state)
+    assert shares == pytest.approx(1 / 8, rel=0.02)  # short vectors that 8 does not divide stay whole
+
+
 GRADIENTS: list[tuple[exact.DType, tuple[int, ...]]] = [("float64", (4, 8)), ("float32", (8,))]
 
 
@@ -89,7 +115,7 @@ def test_accumulated_gradients_are_those_of_the_batch(
 ) -> None:
     """Rows that predict different numbers of tokens; a mean of means would weigh the parts alike."""
     with _precision(dtype):
-        run = exact.on_mesh(exact.unequal(experiment(corpus, "unused", "masked_lm")), (1, 1, 1), dtype)
+        run = exact.on_mesh(exact.unequal(experiment(corpus, "unused", "masked_lm")), exact.ONE, dtype)
         state = start(run)
         whole = exact.gradient(run, state, 1)
         gaps = [exact.gradient_gap(whole, exact.gradient(run, state, parts), exact.NOISE[dtype]) for parts in splits]
