@@ -9,6 +9,7 @@ from lmobj.errors import UserError
 from lmobj.train.ema import EMA
 from lmobj.train.guard import Guard
 from lmobj.train.optimizers import AdamW, Optimizer
+from lmobj.train.profile import Profile
 from lmobj.train.schedules import Schedule
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.sinks import WandB
@@ -59,6 +60,8 @@ class TrainConfig:
     """Steps between checkpoints; absent: only at the end. A signal always saves."""
     keep: int = 2
     """Newest checkpoints kept, at least 1; the best by eval/loss is kept beside them."""
+    profile: Profile | None = None
+    """Trace a few steps for XProf into the run folder's profile/; absent: none."""
     wandb: WandB | None = None
     """Log to Weights & Biases as well; absent: do not."""
 
@@ -75,6 +78,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} is {value}; accepted: 1 or more, or null for only at the end.")
+        if self.profile is not None and self.profile.steps[1] > self.steps:
+            raise UserError(
+                f"train.profile.steps is {list(self.profile.steps)} and train.steps is {self.steps}; accepted: [a, b] "
+                f"with 1 <= a <= b <= {self.steps}."
+            )
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.accumulate is {self.accumulate}; accepted: a divisor of train.batch_size, {self.batch_size}."
