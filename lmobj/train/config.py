@@ -38,6 +38,9 @@ class TrainConfig:
     """Microbatches that a global batch is taken in, to save memory; the result is that of the whole batch."""
     optimizer: Optimizer = field(default_factory=AdamW)
     """The optimizer and its learning-rate schedule."""
+    stochastic_rounding: bool = False
+    """With model.param_dtype bfloat16: optimizer state and updates in float32, and the new parameter rounded up or down
+    at random, its expectation exact, so that small updates add up where rounding to nearest would lose them."""
     guard: Guard = field(default_factory=Guard)
     """What to do about losses and gradients that are not finite, and about loss spikes."""
     ema: EMA | None = None
