@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 __all__ = ["cache_name", "cache_root", "keep_programs"]
 
@@ -30,11 +31,12 @@ def keep_programs() -> Path | None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return None
     try:
         folder = cache_root() / "programs"
     except RuntimeError:
         return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    settings.update("jax_compilation_cache_dir", str(folder))
     return folder
