@@ -174,7 +174,7 @@ def test_a_measurement_over_a_mesh() -> None:
     assert row["planned_bytes"] > 0
     told = " ".join(notes([found]))
     assert "On 2 x cpu (cpu)." in told
-    assert "do not tell what memory was in use" in told
+    assert "do not tell how much memory was in use" in told
     assert "MFU = model FLOPs" in told
 
 
