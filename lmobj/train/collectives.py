@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmobj.train.hlo import Computation, Instruction, array_bytes, dimensions, sum_over
+from lmobj.train.hlo import Computation, Cost, Instruction, array_bytes, dimensions, sum_over
 
 __all__ = ["KINDS", "Collective", "collectives"]
 
@@ -53,7 +53,7 @@ def collectives(hlo_text: str, *, domain: int | None = None, partitioned: bool =
       UserError: a collective in a loop of which it is not known how often it turns.
     """
 
-    def own(line: Instruction, inside: Computation) -> Mapping[str, float]:
+    def own(line: Instruction, inside: Computation) -> Cost:
         kind = line.op.removesuffix("-start").removeprefix("ragged-")
         if kind not in KINDS:
             return {}
@@ -68,15 +68,14 @@ def collectives(hlo_text: str, *, domain: int | None = None, partitioned: bool =
         payload = given * members if kind == "all-gather" else given
         share = {"all-reduce": 2 * (members - 1) / members, "collective-permute": 1}
         sent = payload * share.get(kind, (members - 1) / members)
-        key = f"{kind}/{'across' if across else 'within'}"
-        return {f"{key}/count": 1, f"{key}/payload": payload, f"{key}/sent": sent}
+        return {(kind, across, "count"): 1, (kind, across, "payload"): payload, (kind, across, "sent"): sent}
 
     total = sum_over(hlo_text, own, what="collectives")
     return tuple(
-        Collective(kind, across, int(total[f"{key}/count"]), int(total[f"{key}/payload"]), total[f"{key}/sent"])
+        Collective(kind, across, *(total[kind, across, part] for part in ("count", "payload", "sent")))  # type: ignore[arg-type]
         for kind in KINDS
         for across in (False, True)
-        if f"{(key := f'{kind}/{"across" if across else "within"}')}/count" in total
+        if (kind, across, "count") in total
     )
 
 
@@ -102,20 +101,25 @@ def _is_scattered(line: Instruction, inside: Computation, members: int, partitio
 # --- groups -------------------------------------------------------------------------------------------------------
 
 
+_COUNTED = r"\[[\d,]+\](?:T\([\d,]+\))?"
+_MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(({_COUNTED}|[\d,]+)\))? \{{([^}}]*)\}}")
+
+
 def _groups(line: Instruction, inside: Computation) -> Sequence[Sequence[int]]:
     """The devices that exchange with one another. A permutation's are its pairs, those to oneself left out."""
     text = line.attributes
     if line.op.startswith("collective-permute"):
-        pairs = re.search(r"source_target_pairs=\{(.*?)\}(?:,|$)", text.replace(" ", ""))
+        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
         found = _lists(pairs[1] if pairs else "")
         return [pair for pair in found if pair[0] != pair[1]] or [[0]]
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text)
     if listed:
         return _lists(listed[1]) or [list(range(inside.devices))]
-    counted = re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text)
+    counted = re.search(rf"replica_groups=\[([\d,]+)\]<=({_COUNTED})", text)
     if counted:
-        return _counted(counted[1]).tolist()
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?[^)]*)\))? \{([^}]*)\}", text)
+        groups: list[list[int]] = _ids(counted[2]).reshape(_sizes(counted[1])).tolist()
+        return groups
+    mesh = _MESH.search(text)
     if mesh is None:
         raise ValueError(f"groups of devices that cannot be read: {line.op} {text[:200]}")
     return _of_mesh(mesh[1], mesh[2], mesh[3])
@@ -123,41 +127,36 @@ def _groups(line: Instruction, inside: Computation) -> Sequence[Sequence[int]]:
 
 def _lists(text: str) -> list[list[int]]:
     """`{0,1},{2,3}` -> [[0, 1], [2, 3]]."""
-    return [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
+    return [_sizes(group) for group in re.findall(r"\{([\d,]+)\}", text)]
 
 
-def _counted(text: str) -> NDArray[np.int64]:
-    """`[2,4]<=[4,2]T(1,0)`: 0, 1, 2, ... in the shape [4, 2], transposed, in the shape [2, 4]."""
-    shapes = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if shapes is None:
-        raise ValueError(f"a list of devices that cannot be read: {text}")
-    shape, counted, order = ([int(n) for n in part.split(",")] if part else None for part in shapes.groups())
-    assert shape is not None and counted is not None
-    ids = np.arange(math.prod(counted)).reshape(counted)
-    return (ids if order is None else ids.transpose(order)).reshape(shape)
+def _sizes(text: str) -> list[int]:
+    """`2,4` -> [2, 4]."""
+    return [int(size) for size in text.split(",") if size]
+
+
+def _ids(text: str) -> NDArray[np.int64]:
+    """`[4,2]T(1,0)`: 0, 1, 2, ... in the shape [4, 2], transposed, in one row. Or the row itself: `0,2,1,3`."""
+    counted = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if counted is None:
+        return np.array(_sizes(text))
+    shape = _sizes(counted[1])
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return (ids.transpose(_sizes(counted[2])) if counted[2] else ids).reshape(-1)
 
 
 def _of_mesh(sizes: str, ids: str | None, axes: str) -> list[list[int]]:
     """Groups along some axes of a mesh: `'a'=2,'b'=4` and `'b'`; of an axis a part may be taken, `'b':(2)2`."""
-    mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    wanted = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
     shape: list[int] = []
     grouped: list[int] = []
-    wanted = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
-    for name, size in mesh.items():
+    for name, size in re.findall(r"'([^']+)'=(\d+)", sizes):
         before, taken = wanted.get(name, ("", ""))
-        parts = [int(before), int(taken), size // (int(before) * int(taken))] if taken else [size]
         if name in wanted:
-            grouped.append(len(shape) + (1 if taken else 0))
-        shape += parts
-    devices = np.arange(math.prod(shape)) if ids is None else _device_ids(ids)
+            grouped.append(len(shape) + bool(taken))
+        shape += [int(before), int(taken), int(size) // (int(before) * int(taken))] if taken else [int(size)]
+    devices = np.arange(math.prod(shape)) if ids is None else _ids(ids)
     kept = [axis for axis in range(len(shape)) if axis not in grouped]
     members = math.prod(shape[axis] for axis in grouped)
-    return devices.reshape(shape).transpose([*kept, *grouped]).reshape(-1, members).tolist()
-
-
-def _device_ids(text: str) -> NDArray[np.int64]:
-    """`0,2,1,3`, or counted."""
-    if "<=" in text:
-        return _counted(text).reshape(-1)
-    counts = re.fullmatch(r"\[(\d+)\]", text)
-    return np.arange(int(counts[1])) if counts else np.array([int(number) for number in text.split(",")])
+    found: list[list[int]] = devices.reshape(shape).transpose([*kept, *grouped]).reshape(-1, members).tolist()
+    return found

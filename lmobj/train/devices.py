@@ -93,7 +93,7 @@ DEVICE_KINDS: tuple[DeviceKind, ...] = (
     # Of v2 and v3 half a chip: 16 and 32 GB, 700 and 900 GB/s, 496 and 656 Gb/s on each of four links.
     _tpu("v2", ("TPU v2",), 22.5, 8, 350, 992, 2),
     _tpu("v3", ("TPU v3",), 61.5, 16, 450, 1312, 2),
-    _tpu("v4", ("TPU v4",), 275, 32, 1200, 2400, 3, compiles="v4"),
+    _tpu("v4", ("TPU v4",), 275, 32, 1200, 2400, 3),  # libtpu compiles for its cores apart
     _tpu("v5e", ("TPU v5e", "TPU v5 lite"), 197, 16, 819, 1600, 2, compiles="v5e"),
     _tpu("v5p", ("TPU v5p", "TPU v5"), 459, 95, 2765, 4800, 3, compiles="v5p"),
     _tpu("v6e", ("TPU v6e", "TPU v6 lite"), 918, 32, 1640, 3200, 2, "trillium", compiles="v6e"),

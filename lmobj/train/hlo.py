@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lmobj.errors import UserError
 
-__all__ = ["Computation", "Instruction", "array_bytes", "dimensions", "numbers", "parse", "sum_over"]
+__all__ = ["Computation", "Cost", "Instruction", "array_bytes", "dimensions", "numbers", "parse", "sum_over"]
 
-Cost = Mapping[str, float]
-"""What is counted, by name."""
+Cost = Mapping[Hashable, float]
+"""What is counted, by any key."""
 
 
-def sum_over(text: str, own: Callable[[Instruction, Computation], Cost], *, what: str) -> dict[str, float]:
+def sum_over(text: str, own: Callable[[Instruction, Computation], Cost], *, what: str) -> dict[Hashable, float]:
     """The sum of `own` over every instruction of a program, each as often as it runs.
 
     Of the branches of a conditional the one with the largest sum counts. What the trip count of a loop is, the
@@ -41,7 +41,7 @@ def sum_over(text: str, own: Callable[[Instruction, Computation], Cost], *, what
         raise ValueError(f"{what}: the text holds no ENTRY computation; give the text of a compiled program.")
 
     @functools.cache
-    def total(name: str) -> dict[str, float]:
+    def total(name: str) -> dict[Hashable, float]:
         inside = computations[name]
         return _added(
             part for line in inside.instructions.values() for part in (own(line, inside), within(line, inside))
@@ -67,9 +67,9 @@ def sum_over(text: str, own: Callable[[Instruction, Computation], Cost], *, what
     return total(entry)
 
 
-def _added(costs: object) -> dict[str, float]:
-    together: dict[str, float] = {}
-    for cost in costs:  # type: ignore[attr-defined]
+def _added(costs: Iterable[Cost]) -> dict[Hashable, float]:
+    together: dict[Hashable, float] = {}
+    for cost in costs:
         for name, value in cost.items():
             together[name] = together.get(name, 0) + value
     return together
