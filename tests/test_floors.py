@@ -4,7 +4,7 @@
     2  models
     3  adapt, objectives, interop, data
     4  evaluate, train (train may import evaluate)
-    5  config, bench (bench may import config)
+    5  config, bench, speed (the last two may import config)
     6  cli
 
 Read from the source by `ast`, so that imports inside functions count too.
@@ -27,13 +27,13 @@ _FLOORS = {
     "models": 2,
     **dict.fromkeys(("adapt", "objectives", "interop", "data"), 3),
     **dict.fromkeys(("evaluate", "train"), 4),
-    **dict.fromkeys(("config", "_settings", "bench"), 5),
+    **dict.fromkeys(("config", "_settings", "bench", "speed"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 """`_yaml` reads text for `config` and `train` and knows nothing else."""
 
 _SIDEWAYS = {("train", "evaluate"), ("__main__", "cli"), ("config", "_settings"), ("bench", "config"),
-             ("bench", "_settings")}  # fmt: skip
+             ("bench", "_settings"), ("speed", "config")}  # fmt: skip
 """Which rooms of one floor may import one another, from the fourth up; below, a floor is free within itself."""
 
 _FREE = {"", "__version__"}

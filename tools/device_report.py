@@ -8,9 +8,10 @@ Checks (`device_checks.py`): every objective, every model family, every mask und
 without logits, values and gradients, against the CPU in float64. What a backend refuses is listed as refused; anything
 else that does not agree makes the exit code 1.
 
-Measurements (`device_speed.py`): compile time, time of a step, tokens/s, memory, model FLOPs utilisation, beside
-PyTorch with Transformers (eager and compiled) where they are installed, for a fixed list of shapes; and the fastest
-matrix product, which says how much the device has to give. On a GPU PyTorch must be a build for it.
+Measurements (`lmobj.speed`, as `lmobj speed` takes them): compile time, time of a step, tokens/s, memory, model FLOPs
+utilisation, beside PyTorch with Transformers (eager and compiled) where they are installed, for the experiments of
+`device_speed.py`; and the fastest matrix product, which says how much the device has to give. On a GPU PyTorch must be
+a build for it. Where memory runs out the row says so, and the experiment is measured again with half the rows.
 
 Each part runs in a process of its own, so that memory is its own and a crash costs one row.
 """
@@ -22,7 +23,6 @@ import concurrent.futures.process
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
 import pathlib
 import sys
@@ -35,31 +35,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import device_checks as checks  # noqa: E402
-import device_speed as speed  # noqa: E402
+import device_speed  # noqa: E402
 
-CEILINGS = {"cpu": (("float32", (512, 1024, 2048)),)}
-"""Matrix products by platform: dtype and sizes. Elsewhere `ACCELERATOR_CEILINGS`."""
-ACCELERATOR_CEILINGS = (("bfloat16", (4096, 8192, 16384)), ("float32", (4096, 8192)))
+from lmobj import speed  # noqa: E402
+from lmobj.train.flops import FORMULA  # noqa: E402
+
 QUICK_CEILINGS = (("float32", (256,)),)
-QUICK = speed.Workload("gpt2", 4, 32, "float32", (), speed._gpt2(64, 2, 2, 512, 32, 0.1))
 
 Child = Callable[..., Any]
 """(function, *arguments) -> its result."""
-
-
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a process of its own; its exception, or `BrokenProcessPool` if it died, is raised here."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_fresh, function, *arguments).result()
-
-
-def _fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The call, compiling anew whatever an earlier run has cached."""
-    import jax
-
-    jax.config.update("jax_enable_compilation_cache", False)
-    return function(*arguments)
 
 
 def surroundings() -> dict[str, Any]:
@@ -86,7 +70,7 @@ def chosen(name: str, only: list[str]) -> bool:
     return not only or any(word in name for word in only)
 
 
-def report(arguments: argparse.Namespace, child: Child = in_child) -> dict[str, Any]:
+def report(arguments: argparse.Namespace, child: Child = speed.in_process) -> dict[str, Any]:
     """Everything that was asked for, as JSON values."""
     only, quick = arguments.only, arguments.quick
     where = child(surroundings)
@@ -94,12 +78,11 @@ def report(arguments: argparse.Namespace, child: Child = in_child) -> dict[str, 
     peers = {"torch", "transformers"} <= set(where["packages"])
     left_out = {*arguments.skip, *(() if peers else ("eager", "compiled")), *(("compiled",) if quick else ())}
     contenders = tuple(name for name in speed.CONTENDERS if name not in left_out)
-    workloads = {n: w for n, w in speed.WORKLOADS.items() if platform in w.platforms and chosen(n, only)}
-    if quick:
-        workloads = {"quick": QUICK} if chosen("quick", only) else {}
+    known = device_speed.quick() if quick else device_speed.workloads(platform)
+    workloads = {name: experiment for name, experiment in known.items() if chosen(name, only)}
     found: dict[str, Any] = {
         "environment": where,
-        "formula": speed.FLOPS,
+        "formula": FORMULA,
         "checks": [],
         "ceilings": [],
         "workloads": {},
@@ -110,16 +93,13 @@ def report(arguments: argparse.Namespace, child: Child = in_child) -> dict[str, 
         except concurrent.futures.process.BrokenProcessPool as error:
             findings = [checks.Finding("all", "", "failed", f"the process died: {error}")]
         found["checks"] = [vars(finding) for finding in findings]
-    ceilings = QUICK_CEILINGS if quick else CEILINGS.get(platform, ACCELERATOR_CEILINGS)
+    ceilings = QUICK_CEILINGS if quick else device_speed.ceilings(platform)
     for dtype, sizes in ceilings if workloads else ():
         found["ceilings"].append(child(speed.matmul_ceiling, dtype, sizes))
-    for name, workload in workloads.items():
-        print(f"measuring {name}", file=sys.stderr, flush=True)
-        rounds, seconds = (2, 0.05) if quick else (arguments.rounds, speed.TURN_SECONDS)
-        try:
-            found["workloads"][name] = child(speed.measure, workload, contenders, rounds, seconds)
-        except Exception as error:  # told in the table; the other rows go on
-            found["workloads"][name] = {"error": f"{type(error).__name__}: {error}"}
+    turns, seconds = (2, 0.05) if quick else (arguments.rounds, speed.TURN_SECONDS)
+    found["workloads"] = speed.measure_each(
+        workloads, contenders, turns=turns, seconds=seconds, fewer_rows=True, child=child
+    )
     return found
 
 
@@ -138,7 +118,8 @@ def markdown(found: dict[str, Any]) -> str:
     if found["checks"]:
         parts += ["## Checks", _summary(found["checks"]), _checks_table(found["checks"])]
     if found["workloads"]:
-        parts += ["## Training steps", _ceilings(found["ceilings"]), _speed_table(found), f"{found['formula']}."]
+        parts += ["## Training steps", _ceilings(found["ceilings"]), _speed_table(found)]
+        parts += speed.notes(found["workloads"].values())
     return "\n\n".join(parts) + "\n"
 
 
@@ -171,34 +152,8 @@ def _ceilings(ceilings: list[dict[str, Any]]) -> str:
 
 def _speed_table(found: dict[str, Any]) -> str:
     ceilings = {c["dtype"]: c["flops_per_second"] for c in found["ceilings"]}
-    rows = []
-    for name, work in found["workloads"].items():
-        if "error" in work:
-            rows.append((name, "", f"failed: {work['error']}", *[""] * 8))
-            continue
-        label = f"{name}, {work['parameters'] / 1e6:,.1f}M, {work['rows']} x {work['length']}, {work['dtype']}"
-        for row in work["contenders"]:
-            rows.append((label, row["contender"], *_speed_cells(row, ceilings.get(work["dtype"]))))
-            label = ""
-    header = ("workload", "", "tokens/s", "step, ms (10-90%)", "lmobj over it", "of ceiling", "MFU", "peak GiB")
-    return _table((*header, "planned GiB", "compile, s", "first loss"), rows)
-
-
-def _speed_cells(row: dict[str, Any], ceiling: float | None) -> tuple[str, ...]:
-    if row["error"]:
-        return (f"failed: {row['error']}", *[""] * 8)
-    low, high = row["step_seconds_10_90"]
-    return (
-        f"{row['tokens_per_second']:,.0f}",
-        f"{1e3 * row['median_step_seconds']:,.1f} ({1e3 * low:,.1f}-{1e3 * high:,.1f})",
-        f"{row['lmobj_over_it']:.2f}" if "lmobj_over_it" in row else "",
-        "" if ceiling is None else f"{row['model_flops_per_second'] / ceiling:.0%}",
-        "" if row["utilisation"] is None else f"{row['utilisation']:.1%}",
-        _gib(row["peak_bytes"]),
-        _gib(row["planned_bytes"]),
-        "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f}",
-        f"{row['first_loss']:.4f}",
-    )
+    rows = [row for name, work in found["workloads"].items() for row in speed.speed_rows(name, work, ceilings)]
+    return _table(speed.HEADER, rows)
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -210,11 +165,7 @@ def _e(x: float | None) -> str:
     return "" if x is None else f"{x:.1e}"
 
 
-def _gib(x: int | None) -> str:
-    return "" if x is None else f"{x / 2**30:.2f}"
-
-
-def main(argv: list[str] | None = None, child: Child = in_child) -> int:
+def main(argv: list[str] | None = None, child: Child = speed.in_process) -> int:
     """Writes the report and prints the table; 1 if a check failed or nothing was chosen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer checks, one tiny workload")

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 
 from lmobj.bench._config import Budget
-from lmobj.bench._flops import formula_flops, step_flops
+from lmobj.bench._flops import step_flops
 from lmobj.config import Experiment
 from lmobj.errors import UserError
 from lmobj.train import TrainConfig
 from lmobj.train.assemble import Assembly
-from lmobj.train.sharding import active
+from lmobj.train.flops import model_flops
 
 __all__ = ["ArmPlan", "plan_arm", "steps_within"]
 
@@ -34,7 +34,7 @@ class ArmPlan:
     flops_per_step: int
     """Counted in the compiled program."""
     formula_flops_per_step: float
-    """6 N tokens and attention (`formula_flops`)."""
+    """By formula (`lmobj.train.flops.model_flops`)."""
     seconds_per_step: float | None
     """Measured, median of warm steps; only where the budget is in seconds."""
     parameters: int
@@ -59,7 +59,7 @@ def plan_arm(arm: str, run: Assembly, budget: Budget) -> ArmPlan:
     cost: dict[str, Any] = {
         "tokens_per_step": run.tokens_per_step,
         "flops_per_step": step_flops(run, compiled.as_text() or ""),
-        "formula_flops_per_step": formula_flops(run),
+        "formula_flops_per_step": model_flops(run),
         "seconds_per_step": _time_step(run, compiled) if budget.kind == "seconds" else None,
     }
     steps = steps_within(arm, budget, cost[f"{budget.kind}_per_step"])
@@ -89,14 +89,13 @@ def steps_within(arm: str, budget: Budget, cost: float) -> int:
 def _time_step(run: Assembly, compiled: jax.stages.Compiled) -> float:
     """Seconds of a training step, the median over warm ones; the state that they make is thrown away."""
     state, times = run.initial_state(), []
-    with active(run.mesh, run.rules):
-        for index, batch in enumerate(run.batches("train", steps=_TIMED_STEPS + 1)):
-            placed = jax.block_until_ready(run.on_devices(batch))
-            started = time.perf_counter()
-            state, metrics = compiled(state, {}, placed)
-            jax.block_until_ready((state, metrics))
-            if index:  # the first brings memory and caches up
-                times.append(time.perf_counter() - started)
-            if len(times) >= 3 and sum(times) > _TIMED_SECONDS:
-                break
+    for index, batch in enumerate(run.batches("train", steps=_TIMED_STEPS + 1)):
+        placed = jax.block_until_ready(run.on_devices(batch))
+        started = time.perf_counter()
+        state, metrics = run.run_compiled(compiled, state, placed)
+        jax.block_until_ready((state, metrics))
+        if index:  # the first brings memory and caches up
+            times.append(time.perf_counter() - started)
+        if len(times) >= 3 and sum(times) > _TIMED_SECONDS:
+            break
     return statistics.median(times)

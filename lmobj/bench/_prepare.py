@@ -127,7 +127,7 @@ def _tell(prepared: Prepared, say: Say) -> None:
         timed = "" if plan.seconds_per_step is None else f", {plan.seconds_per_step:.4f} s measured"
         say(
             f"  {arm}: {plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {plan.flops_per_step:.3e} FLOPs each "
-            f"({plan.formula_flops_per_step:.3e} by 6ND and attention){timed}; {plan.parameters:,} parameters"
+            f"({plan.formula_flops_per_step:.3e} by formula){timed}; {plan.parameters:,} parameters"
         )
 
 

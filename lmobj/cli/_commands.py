@@ -101,6 +101,30 @@ def bench(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> 
         _print_table(result.header, result.rows)
 
 
+@app.command(rich_help_panel="Runs")
+def speed(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE]...", help="YAML configs, and settings over those of all.", show_default=False
+        ),
+    ],
+    peer: Annotated[
+        Literal["transformers"] | None, typer.Option(help="Measure the same in PyTorch beside it, in turns.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps to time; by default what --seconds allow.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds to time steps for, of each contender.")] = 13.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure training steps on synthetic rows: tokens/s, time, FLOPs utilisation, memory, time to compile.
+
+    Example: lmobj speed configs/pretrain/gpt2_124m.yaml train.batch_size=16 model.remat=none
+    """
+    from lmobj.cli._speed import print_speed
+
+    raise typer.Exit(print_speed(arguments, peer is not None, steps, seconds, as_json, _print_table))
+
+
 @app.command("eval", rich_help_panel="Runs")
 @in_several_processes
 def evaluate(

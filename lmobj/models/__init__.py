@@ -11,12 +11,14 @@ from lmobj.models._moe import MoEConfig
 from lmobj.models._protocol import (
     Cache,
     CachedModel,
+    CountsProducts,
     GeneratorDiscriminator,
     HeadedModel,
     LanguageModel,
     MemoryModel,
     ModelBuilder,
     OutputHead,
+    RowUse,
     TwoStreamModel,
 )
 from lmobj.models._routing import RoutedModel, RouterSums, RoutingCall, recorded_routing
@@ -28,6 +30,7 @@ ModelConfig = DecoderConfig | ElectraConfig | EncoderConfig | GRUConfig | XLNetC
 __all__ = [
     "Cache",
     "CachedModel",
+    "CountsProducts",
     "Decoder",
     "DecoderConfig",
     "Electra",
@@ -50,6 +53,7 @@ __all__ = [
     "RoutedModel",
     "RouterSums",
     "RoutingCall",
+    "RowUse",
     "SpanBoundaryHead",
     "TwoStreamModel",
     "XLNet",

@@ -21,6 +21,7 @@ from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.models._layers import MLP, Activation, Init, LayerNorm, Linear, Norm, RMSNorm, apply_rotary
 from lmobj.models._moe import MoE, MoEConfig
+from lmobj.models._protocol import RowUse
 from lmobj.models._routing import RouterSums, record_routing
 from lmobj.noise import dropout
 from lmobj.partition import constrain
@@ -66,6 +67,21 @@ class BlockSpec:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.width // self.heads
+
+    @property
+    def stack_weights(self) -> int:
+        """Weights in products that a token meets in all layers; of experts, those that work on it and their router."""
+        attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
+        mlp = (3 if self.activation == "swiglu" else 2) * self.width * self.mlp_width
+        if self.moe is not None:
+            mlp = self.moe.experts_per_token * mlp + self.width * self.moe.experts
+        return self.layers * (attention + mlp)
+
+    def stack_flops(self, use: RowUse, window: int | None = None) -> float:
+        """Operations of a row's matrix products in all layers: two for each weight, and four in attention for each
+        token, key that it sees and component of the width (logits, and the sum of values)."""
+        attention = 4 * self.layers * self.width * use.keys(window)
+        return use.length * (2 * self.stack_weights + attention)
 
 
 class KVCache(NamedTuple):

@@ -45,7 +45,7 @@ from lmobj.models._layers import (
     rotary_angles,
 )
 from lmobj.models._moe import MoEConfig
-from lmobj.models._protocol import OutputHead
+from lmobj.models._protocol import OutputHead, RowUse
 from lmobj.models._settings import (
     at_least,
     check_length,
@@ -150,6 +150,11 @@ class DecoderConfig:
     def build(self, vocab: Vocabulary, rngs: nnx.Rngs) -> Decoder:
         """A decoder with fresh parameters."""
         return Decoder(self, vocab, rngs)
+
+    def forward_flops(self, vocab_size: int, use: RowUse) -> float:
+        """Operations of a forward pass over one row (`CountsProducts`)."""
+        head = 2 * use.predictions * self.width * vocab_size
+        return self._block_spec().stack_flops(use, self.window) + head
 
     def _block_spec(self) -> BlockSpec:
         return BlockSpec(

@@ -22,7 +22,7 @@ from lmobj.masks import AttentionMask
 from lmobj.models._encoder import Embeddings, EncoderConfig, MaskedLMHead, Trunk
 from lmobj.models._heads import HeadStyle
 from lmobj.models._layers import ACTIVATIONS, Linear, glorot_uniform, zeros
-from lmobj.models._protocol import OutputHead
+from lmobj.models._protocol import OutputHead, RowUse
 from lmobj.models._settings import at_least
 
 __all__ = ["Electra", "ElectraConfig"]
@@ -75,6 +75,15 @@ class ElectraConfig(EncoderConfig):
     def build(self, vocab: Vocabulary, rngs: nnx.Rngs) -> Electra:
         """The pair with fresh parameters."""
         return Electra(self, vocab, rngs)
+
+    def forward_flops(self, vocab_size: int, use: RowUse) -> float:
+        """Operations of a forward pass over one row (`CountsProducts`): of both trunks and heads, or of the
+        discriminator's trunk alone where nothing is predicted by the generator, which has the vocabulary head."""
+        trunk = self.discriminator.trunk_flops(use)
+        if not use.predictions:
+            return trunk
+        detection = 2 * use.length * (self.width**2 + self.width)
+        return trunk + detection + self.generator.forward_flops(vocab_size, use)
 
     @property
     def discriminator(self) -> EncoderConfig:

@@ -34,7 +34,7 @@ from lmobj.models._layers import (
     rotary_angles,
     truncated_normal,
 )
-from lmobj.models._protocol import OutputHead
+from lmobj.models._protocol import OutputHead, RowUse
 from lmobj.models._settings import (
     at_least,
     check_length,
@@ -119,6 +119,17 @@ class EncoderConfig:
         """What heads on the hidden states take over."""
         param_dtype = resolve_dtype(self.param_dtype, "param_dtype")
         return HeadStyle(self.width, self.activation, self.norm_eps, truncated_normal(self.init_std), param_dtype)
+
+    def forward_flops(self, vocab_size: int, use: RowUse) -> float:
+        """Operations of a forward pass over one row (`CountsProducts`)."""
+        out = self.embedding_width or self.width
+        return self.trunk_flops(use) + 2 * use.predictions * (self.width * out + out * vocab_size)
+
+    def trunk_flops(self, use: RowUse) -> float:
+        """Those of the blocks, and of the projection before them where the embeddings are narrower."""
+        narrow = self.embedding_width or self.width
+        projection = 0 if narrow == self.width else narrow * self.width
+        return 2 * use.length * projection + self._block_spec().stack_flops(use)
 
     def _block_spec(self) -> BlockSpec:
         return BlockSpec(

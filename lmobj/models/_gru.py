@@ -29,7 +29,7 @@ from lmobj.masks import AttentionMask
 from lmobj.models._block import EMBEDDING, HIDDEN_AXES, drop
 from lmobj.models._heads import HeadStyle
 from lmobj.models._layers import DTypeName, Embedding, Linear, output_head, pad_vocabulary, uniform
-from lmobj.models._protocol import OutputHead
+from lmobj.models._protocol import OutputHead, RowUse
 from lmobj.models._settings import at_least, check_rates, resolve_dtype
 from lmobj.partition import constrain, mesh_axes
 
@@ -75,6 +75,10 @@ class GRUConfig:
     def build(self, vocab: Vocabulary, rngs: nnx.Rngs) -> GRULanguageModel:
         """A GRU language model with fresh parameters."""
         return GRULanguageModel(self, vocab, rngs)
+
+    def forward_flops(self, vocab_size: int, use: RowUse) -> float:
+        """Operations of a forward pass over one row (`CountsProducts`)."""
+        return 2 * self.width * (use.length * self.layers * 6 * self.width + use.predictions * vocab_size)
 
 
 class GRULayer(nnx.Module):

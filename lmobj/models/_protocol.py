@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Cache",
     "CachedModel",
+    "CountsProducts",
     "GeneratorDiscriminator",
     "HeadedModel",
     "LanguageModel",
     "MemoryModel",
     "ModelBuilder",
     "OutputHead",
+    "RowUse",
     "TwoStreamModel",
 ]
 
@@ -187,6 +189,44 @@ class GeneratorDiscriminator(Protocol):
 
     def discriminate(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape"]:
         """Logits that tokens were replaced."""
+        ...
+
+
+class RowUse(NamedTuple):
+    """How an objective runs a model over a row, as far as the work of its matrix products depends on it."""
+
+    length: int
+    """Tokens in the row."""
+    predictions: int
+    """Positions that the vocabulary head runs on; 0: it does not run."""
+    causal: bool = False
+    """Whether tokens see earlier tokens of the row alone."""
+    memory: bool = False
+    """Whether the row is read with the model's memory of rows before it."""
+    query_stream: bool = False
+    """Whether the predictions are made by a second stream (XLNet)."""
+
+    def keys(self, window: int | None = None) -> float:
+        """Tokens of the row that one of its tokens sees, on average: all of them, or half where masks are causal.
+
+        In a window of w tokens it is w (1 - w / 2 L), the mean of min(t, w) over t in [0, L].
+        """
+        if not self.causal:
+            return self.length
+        seen = min(self.length, window or self.length)
+        return seen * (1 - seen / (2 * self.length))
+
+
+@runtime_checkable
+class CountsProducts(Protocol):
+    """A model's settings that say what its matrix products take."""
+
+    def forward_flops(self, vocab_size: int, use: RowUse) -> float:
+        """Operations of the matrix products of a forward pass over one row; a multiplication and an addition are two.
+
+        What is looked up in a table is no product. Every weight counts that a token meets, attention by the keys that
+        its tokens see, the vocabulary head by its real size at the positions that it runs on.
+        """
         ...
 
 

@@ -35,7 +35,7 @@ from lmobj.models._block import (
 )
 from lmobj.models._heads import HeadStyle
 from lmobj.models._layers import DTypeName, Embedding, normal, output_head, pad_vocabulary
-from lmobj.models._protocol import OutputHead
+from lmobj.models._protocol import OutputHead, RowUse
 from lmobj.models._relative_attention import (
     Biases,
     Queries,
@@ -113,6 +113,20 @@ class XLNetConfig:
     def build(self, vocab: Vocabulary, rngs: nnx.Rngs) -> XLNet:
         """A model with fresh parameters."""
         return XLNet(self, vocab, rngs)
+
+    def forward_flops(self, vocab_size: int, use: RowUse) -> float:
+        """Operations of a forward pass over one row (`CountsProducts`).
+
+        Keys and values are made of the memory too, and a query has a third product in attention, with the keys of its
+        distances. Left out, being small: the projection of the distances, which rows share, and the products with two
+        segments. Of the distances those to visible keys count, though all are computed.
+        """
+        spec, remembered = self._block_spec(), self.memory_length if use.memory else 0
+        queries = use.length + (use.predictions if use.query_stream else 0)
+        met_by_queries = 2 * self.width**2 + 2 * self.width * spec.mlp_width
+        weights = queries * met_by_queries + (use.length + remembered) * 2 * self.width**2
+        attention = 6 * queries * self.width * (remembered + use.keys())
+        return self.layers * (2 * weights + attention) + 2 * use.predictions * self.width * vocab_size
 
     def _block_spec(self) -> BlockSpec:
         return BlockSpec(

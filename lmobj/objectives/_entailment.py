@@ -20,7 +20,7 @@ from jaxtyping import Array, Key
 from lmobj import masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import HeadStyle, PairHead
+from lmobj.models import HeadStyle, PairHead, RowUse
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role, Terms
 from lmobj.objectives._row_classes import class_sums, row_weights
 from lmobj.objectives._tokens import hidden_states
@@ -69,6 +69,10 @@ class Entailment(Objective):
     def build_heads(self, style: HeadStyle, vocab: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
         """BERT's pooler and the classes."""
         return PairHead(style, self.classes, rngs)
+
+    def use(self, length: int) -> RowUse:
+        """No vocabulary head."""
+        return RowUse(length, 0)
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] A [SEP] B [SEP] and `labels`; refuses a vocabulary without these tokens."""

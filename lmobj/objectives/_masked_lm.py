@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lmobj import masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import LanguageModel
+from lmobj.models import LanguageModel, RowUse
 from lmobj.objectives._objective import Context, Example, Models, Objective, Terms
 from lmobj.objectives._tokens import hidden_states, token_terms
 
@@ -84,6 +84,11 @@ class MaskedLM(Objective):
         spec = masked_rows(self.name, vocab, self.layout, length)
         self.check_room(length, len(spec.prefix) + len(spec.suffix))
         return dataclasses.replace(spec, fields=self.row_fields)
+
+    def use(self, length: int) -> RowUse:
+        """The head runs on the slots for predictions alone."""
+        every = self.selection == "bernoulli" and self.max_predictions is None
+        return RowUse(length, length if every else self._predictions(length))
 
     @property
     def row_fields(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 from lmobj._shares import share_out
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import HeadStyle
+from lmobj.models import HeadStyle, RowUse
 from lmobj.objectives._objective import (
     Context,
     Example,
@@ -154,6 +154,11 @@ class Mixture(Objective):
             names = classes_of(member.source)
             with _keys_of(name):
                 member.objective.check_classes(lambda source, names=names: names)  # type: ignore[misc]
+
+    def use(self, length: int) -> dict[str, RowUse]:
+        """Each member's."""
+        uses = {name: objective.use(length) for name, objective in self.objectives.items()}
+        return {name: use for name, use in uses.items() if isinstance(use, RowUse)}
 
     def rows(self, vocab: Vocabulary, length: int) -> dict[str, RowSpec]:
         """Each member's rows, from its own source."""

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from lmobj.batch import Batch, RowSpec, Vocabulary, dropout_seeds
 from lmobj.masks import AttentionMask
-from lmobj.models import HeadStyle
+from lmobj.models import HeadStyle, RowUse
 
 __all__ = ["Context", "Example", "Judge", "Models", "Objective", "ObjectiveState", "Role", "Rows", "TermKind", "Terms"]
 
@@ -174,6 +174,11 @@ class Objective:
     def fills_masks(self) -> bool:
         """Whether the vocabulary head is trained to tell what a [MASK] in the row stands for."""
         return False
+
+    def use(self, length: int) -> RowUse | Mapping[str, RowUse]:
+        """How it runs the model over a row of `length` tokens, or those of each member of a mixture; by default every
+        position is predicted. Heads of its own are not in it."""
+        return RowUse(length, length, self.causal)
 
     def rows(self, vocab: Vocabulary, length: int) -> Rows:
         """The rows this objective reads for model inputs of `length` tokens. Raises UserError when it cannot."""

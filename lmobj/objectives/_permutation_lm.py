@@ -21,7 +21,7 @@ from lmobj import masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
-from lmobj.models import TwoStreamModel
+from lmobj.models import RowUse, TwoStreamModel
 from lmobj.objectives._objective import Context, Example, Models, Objective, ObjectiveState, Terms
 from lmobj.objectives._tokens import token_terms
 
@@ -63,6 +63,10 @@ class PermutationLM(Objective):
     """Spans count whole words; false: tokens, from the beginning of a word (the authors' code)."""
     bidirectional: bool = True
     """The second half of the batch reads its text from the end."""
+
+    def use(self, length: int) -> RowUse:
+        """Both streams, with the memory; the query stream stands at the predictions alone."""
+        return RowUse(length, self._sizes(length)[2], memory=True, query_stream=True)
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[reuse | A SEP B SEP CLS], an end-of-sequence token between documents where the vocabulary has one.

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from lmobj import losses, masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import GeneratorDiscriminator
+from lmobj.models import GeneratorDiscriminator, RowUse
 from lmobj.objectives._masked_lm import check_room, maskable, masked_rows
 from lmobj.objectives._objective import Context, Example, Metric, Models, Objective, Terms, token_metrics
 from lmobj.objectives._tokens import head_stats
@@ -85,6 +85,10 @@ class ReplacedTokenDetection(Objective):
             raise UserError(f"objective.max_predictions is {self.max_predictions}; it must be at least 1, or null.")
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"objective.temperature is {self.temperature}; it must be a number above 0.")
+
+    def use(self, length: int) -> RowUse:
+        """The generator's head runs on the slots for predictions alone."""
+        return RowUse(length, self._predictions(length))
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] document [SEP], packed or single; refuses a vocabulary without [MASK] and rows with nothing to see."""

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from lmobj.batch import Batch, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import HeadStyle, RoutedModel, RouterSums, RoutingCall, recorded_routing
+from lmobj.models import HeadStyle, RoutedModel, RouterSums, RoutingCall, RowUse, recorded_routing
 from lmobj.objectives._objective import (
     Context,
     Example,
@@ -111,6 +111,10 @@ class Routed(Objective):
     def fills_masks(self) -> bool:
         """The objective's."""
         return self.objective.fills_masks
+
+    def use(self, length: int) -> RowUse | Mapping[str, RowUse]:
+        """The objective's."""
+        return self.objective.use(length)
 
     def rows(self, vocab: Vocabulary, length: int) -> Rows:
         """The objective's."""

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Key
 from lmobj import masks
 from lmobj.batch import Batch, Pairing, RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import HeadStyle, PairHead
+from lmobj.models import HeadStyle, PairHead, RowUse
 from lmobj.objectives._masked_lm import MaskedLM, masked_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role, Terms
 from lmobj.objectives._row_classes import class_sums, row_weights
@@ -76,6 +76,10 @@ class _SentencePairs(Objective):
     def build_heads(self, style: HeadStyle, vocab: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
         """BERT's pooler and two classes."""
         return PairHead(style, 2, rngs)
+
+    def use(self, length: int) -> RowUse:
+        """Masked LM's, or no vocabulary head."""
+        return RowUse(length, 0) if self.masked_lm is None else self.masked_lm.use(length)
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] A [SEP] B [SEP]; refuses a vocabulary without them, and what masked LM refuses."""

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key
 from lmobj import losses, masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import HeadStyle, SpanBoundaryHead
+from lmobj.models import HeadStyle, RowUse, SpanBoundaryHead
 from lmobj.objectives._masked_lm import check_room, check_shares, maskable, masked_rows, masked_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, ObjectiveState, Role, Terms
 from lmobj.objectives._tokens import head_stats, hidden_states
@@ -83,6 +83,10 @@ class SpanBoundary(Objective):
     def build_heads(self, style: HeadStyle, vocab: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
         """The head that reads the borders of spans."""
         return SpanBoundaryHead(style, vocab.size, rngs, max_targets=self.max_targets, offset_width=self.offset_width)
+
+    def use(self, length: int) -> RowUse:
+        """The vocabulary's table is held against each slot twice, for either term."""
+        return RowUse(length, 2 * noise.span_budget(length, self.mask_rate))
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] document [SEP], single or packed; refuses what masked LM does, and spans longer than a row."""

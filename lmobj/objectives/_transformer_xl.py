@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import MemoryModel
+from lmobj.models import MemoryModel, RowUse
 from lmobj.objectives._causal_lm import check_token_loss, next_token_example, next_token_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, ObjectiveState, Terms
 
@@ -48,6 +48,10 @@ class TransformerXL(Objective):
 
     def __post_init__(self) -> None:
         check_token_loss(self.label_smoothing, self.z_loss)
+
+    def use(self, length: int) -> RowUse:
+        """Every position is predicted, with the memory."""
+        return RowUse(length, length, causal=True, memory=True)
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """Streams in rows of `length` tokens; refuses a length that leaves nothing to predict."""

@@ -84,6 +84,8 @@ class Design:
     config: Experiment
     objective: Objective
     """As configured; `program` has the losses of routers around it where the model has experts."""
+    builder: ModelBuilder
+    """The model's settings."""
     vocab: Vocabulary
     rows: Rows
     mesh: Mesh
@@ -107,22 +109,6 @@ class Design:
     def parameter_count(self) -> int:
         """Trainable parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
-
-    @property
-    def applied_parameter_count(self) -> int:
-        """Trainable parameters as often as a token meets them: those of shared layers count once for each layer, and of
-        experts those of as many as work on a token."""
-        model = self.config.model
-        turns = model.layers if getattr(model, "share_layers", False) else 1  # type: ignore[attr-defined]
-        moe: MoEConfig | None = getattr(model, "moe", None)
-        leaves = jax.tree_util.tree_leaves_with_path(self.abstract_state.params)
-
-        def applied(name: str, size: int) -> int:
-            if moe is not None and "['experts']" in name:
-                return size // moe.experts * moe.experts_per_token
-            return size * (turns if "blocks" in name else 1)
-
-        return sum(applied(jax.tree_util.keystr(path), leaf.size) for path, leaf in leaves)
 
     def initial_state(self) -> State:
         """The state at step 0, made under jit so that no device ever holds a whole large parameter.
@@ -189,10 +175,18 @@ class Design:
         return batch_sharding(self.mesh, self.rules)
 
     def lower_train_step(self) -> jax.stages.Lowered:
-        """The training step, traced from shapes: `.compile()` it for its memory and text."""
+        """The training step, traced from shapes: `.compile()` it for its memory and text, and `run_compiled` it."""
         key = self._key  # under a mesh of devices that are not there it could not be computed
         with active(self.mesh, self.rules):
             return self._jitted_train_step.lower(self.abstract_state, {}, self.abstract_batch, key)
+
+    def run_compiled(
+        self, compiled: jax.stages.Compiled, state: State, batch: Mapping[str, Any]
+    ) -> tuple[State, StepMetrics]:
+        """One step of what `lower_train_step().compile()` made, over a batch on the devices; the state is consumed."""
+        with active(self.mesh, self.rules):
+            stepped: tuple[State, StepMetrics] = compiled(state, {}, batch, self._key)
+        return stepped
 
     @functools.cached_property
     def eval_step(self) -> Callable[..., tuple[StepMetrics, Any]]:
@@ -424,6 +418,7 @@ def design(
     return Design(
         config=config,
         objective=objective,
+        builder=builder,
         vocab=vocab,
         rows=rows,
         mesh=mesh,

@@ -24,8 +24,9 @@ from lmobj.train import sharding
 from lmobj.train.assemble import Design, Experiment, design
 from lmobj.train.collectives import Collective, collectives
 from lmobj.train.devices import DeviceKind, device_kind
-from lmobj.train.flops import matmul_flops, model_flops
+from lmobj.train.flops import model_flops
 from lmobj.train.plan import Plan, make_plan, planned_vocabulary
+from lmobj.train.products import matmul_flops
 from lmobj.train.roofline import Roofline, memory_traffic, roofline
 from lmobj.train.targets import Target, make_target
 

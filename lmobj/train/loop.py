@@ -17,6 +17,7 @@ from lmobj.train.bad_batches import BadBatches
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.environment import environment
 from lmobj.train.evaluation import Evaluation, readable
+from lmobj.train.flops import model_flops
 from lmobj.train.guard import GUARD, Verdict
 from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import active
@@ -171,7 +172,7 @@ def _tracker(run: Assembly, folder: RunFolder, *, start: int, quiet: bool) -> Tr
         start=start,
         total=settings.steps,
         tokens_per_step=run.tokens_per_step,
-        flops_per_token=6 * run.applied_parameter_count,
+        flops_per_step=model_flops(run) / run.mesh.size,
         quiet=quiet,
         sinks=list(_sinks(run, folder, start, quiet=quiet)) if distributed.is_first() else (),
     )

@@ -18,14 +18,26 @@ import jax
 
 from lmobj.errors import UserError
 from lmobj.objectives import TermKind
-from lmobj.train.assemble import Assembly, Design
+from lmobj.train.assemble import Design
 from lmobj.train.plan import make_plan, shard_bytes
 
-__all__ = ["Situation", "cheapest_change", "check_state", "contributors", "explained"]
+__all__ = [
+    "OutOfMemory",
+    "Situation",
+    "cheapest_change",
+    "check_state",
+    "contributors",
+    "explained",
+    "is_out_of_memory",
+]
 
 _MARK = "RESOURCE_EXHAUSTED"
 _LISTED = 4
 """Contributors that the message names."""
+
+
+class OutOfMemory(UserError):  # noqa: N818 - as `Halted`
+    """A device's memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -141,17 +153,22 @@ def _machine_memory() -> int | None:
 
 
 @contextlib.contextmanager
-def explained(run: Assembly) -> Iterator[None]:
+def explained(run: Design) -> Iterator[None]:
     """Turns XLA's complaint that memory ran out, in compiling or running, into a UserError that says what to do."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if _MARK not in str(error):
             raise
-        raise UserError(_message(run, str(error))) from error
+        raise OutOfMemory(_message(run, str(error))) from error
 
 
-def _message(run: Assembly, complaint: str) -> str:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory ran out: one of ours, XLA's, or PyTorch's."""
+    return isinstance(error, OutOfMemory) or _MARK in str(error) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _message(run: Design, complaint: str) -> str:
     parts = contributors(run.abstract_state, run.abstract_batch, _temporary(run))
     activations = parts.get("activations and temporaries")
     held = sum(parts.get(name) or 0 for name in ("parameters", "gradients", "optimizer state", "moving average"))
@@ -189,7 +206,7 @@ def situation(run: Design) -> Situation:
     )
 
 
-def _temporary(run: Assembly) -> int | None:
+def _temporary(run: Design) -> int | None:
     """What the compiled step takes beside its arguments; None where memory does not suffice to compile it."""
     try:
         return make_plan(run).temporary

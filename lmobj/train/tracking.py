@@ -29,10 +29,16 @@ from lmobj.train.distributed import is_first
 from lmobj.train.sinks import JsonLines, Sink, TensorBoard
 from lmobj.train.storage import write_atomically
 
-__all__ = ["ACTIVITIES", "Tracker", "last_metrics", "read_metrics", "truncate_metrics"]
+__all__ = ["ACTIVITIES", "Tracker", "last_metrics", "read_metrics", "truncate_metrics", "utilisation"]
 
 ACTIVITIES = ("input_wait", "evaluation", "saving")
 """What the loop does beside training steps, and `Tracker.timed` times: waiting for a batch, evaluating, saving."""
+
+
+def utilisation(flops_per_second: float, device: jax.Device) -> float | None:
+    """Model FLOPs in a second on a device as a share of its peak; None on CPU, and where the peak is not known."""
+    peak = None if device.platform == "cpu" else peak_flops(device.device_kind)
+    return None if peak is None else flops_per_second / peak
 
 
 class Tracker:
@@ -46,9 +52,8 @@ class Tracker:
       start: step that the run starts or resumes from.
       total: last step.
       tokens_per_step: tokens in a global batch, for tokens per second.
-      flops_per_token: floating-point operations that training takes per token, for the model FLOPs utilisation
-        (about 6 times the parameters; Chowdhery et al. 2022, appendix B). It is shown where `peak_flops` knows the
-        device, never on CPU.
+      flops_per_step: one device's share of the model FLOPs of a step (`lmobj.train.flops`), for their utilisation. It
+        is shown where `peak_flops` knows the device, never on CPU.
       quiet: print nothing; the files are written all the same.
       sinks: where metrics go beside `metrics.jsonl`; by default event files for TensorBoard. They are closed with it.
       interval: seconds between plain lines.
@@ -63,13 +68,13 @@ class Tracker:
         start: int = 0,
         total: int,
         tokens_per_step: float | None = None,
-        flops_per_token: float | None = None,
+        flops_per_step: float | None = None,
         quiet: bool = False,
         sinks: Sequence[Sink] | None = None,
         interval: float = 10.0,
     ) -> None:
         self.run_dir = pathlib.Path(run_dir)
-        self.total, self.tokens_per_step, self.flops_per_token = total, tokens_per_step, flops_per_token
+        self.total, self.tokens_per_step, self.flops_per_step = total, tokens_per_step, flops_per_step
         self._leader = is_first()
         self._quiet = quiet or not self._leader
         self._interval = interval
@@ -157,11 +162,11 @@ class Tracker:
         speed = lap.steps_per_second
         values = {"perf/steps_per_second": speed, **{f"perf/{name}": share for name, share in lap.shares.items()}}
         if self.tokens_per_step is not None:
-            values["perf/tokens_per_second"] = tokens = speed * self.tokens_per_step
-            device = jax.devices()[0]
-            peak = peak_flops(device.device_kind) if device.platform != "cpu" else None
-            if self.flops_per_token is not None and peak is not None:
-                values["perf/mfu"] = tokens * self.flops_per_token / (peak * jax.device_count())
+            values["perf/tokens_per_second"] = speed * self.tokens_per_step
+        if self.flops_per_step is not None:
+            used = utilisation(speed * self.flops_per_step, jax.devices()[0])
+            if used is not None:
+                values["perf/mfu"] = used
         return values
 
     def _show(self, step: int, numbers: Mapping[str, float]) -> None:

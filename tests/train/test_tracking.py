@@ -228,14 +228,13 @@ def test_utilisation_where_the_peak_is_known(tmp_path: pathlib.Path, monkeypatch
         platform, device_kind = "gpu", "NVIDIA A100-SXM4-80GB"
 
     monkeypatch.setattr(tracking.jax, "devices", lambda: [Device()] * 4)
-    monkeypatch.setattr(tracking.jax, "device_count", lambda: 4)
     clock = Clock(monkeypatch)
-    with Tracker(tmp_path, total=9, tokens_per_step=1e6, flops_per_token=6e8, quiet=True, sinks=()) as tracker:
+    with Tracker(tmp_path, total=9, tokens_per_step=1e6, flops_per_step=1.5e14, quiet=True, sinks=()) as tracker:
         tracker.log(1, {"train/loss": 1.0})
         clock.now += 1
         tracker.log(2, {"train/loss": 1.0})
-    # 1e6 tokens/s x 6e8 operations over 4 x 312e12.
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["perf/mfu"] == pytest.approx(6e14 / (4 * 312e12))
+    # One step in a second, of which a device does 1.5e14 operations, over 312e12.
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["perf/mfu"] == pytest.approx(1.5e14 / 312e12)
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------------------------
