@@ -293,6 +293,52 @@ def config(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel="Configs")
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(help="How many devices to plan for.", show_default=False)] = ...,  # type: ignore[assignment]
+    device_kind: Annotated[
+        str, typer.Option(help="Of which kind: h100, h200, a100, v5e, v5p, trillium and others.")
+    ] = "h100",
+    search: Annotated[
+        bool, typer.Option("--search", help="Try meshes, recomputation and microbatches, and rank what fits.")
+    ] = False,
+    compile_most: Annotated[int, typer.Option("--compile", help="With --search: how many settings to compile.")] = 6,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compile a training step for devices that are not there: what it takes, whether it fits, how fast it could be.
+
+    Example: lmobj plan configs/pretrain/gpt2_124m.yaml --devices 8 --device-kind h100
+
+    Example: lmobj plan configs/pretrain/decoder_8b.yaml --devices 256 --device-kind v5p --search
+    """
+    from lmobj.cli._planning import forecast_lines, search_table, search_verdict, showing_progress
+    from lmobj.config import load
+    from lmobj.train.forecast import forecast
+    from lmobj.train.search import search as search_settings
+
+    experiment = load(config, overrides or ())
+    if not search:
+        told = forecast(experiment, device_kind, devices)
+        if as_json:
+            print(json.dumps(told.as_json()))
+        else:
+            print(*forecast_lines(told), sep="\n")
+        return
+    with showing_progress() as progress:
+        result = search_settings(experiment, device_kind, devices, compile_most=compile_most, progress=progress)
+    best = result.found[0][0].overrides(experiment) if result.found else ()
+    if as_json:
+        found = [{**told.as_json(), "overrides": candidate.overrides(experiment)} for candidate, told in result.found]
+        print(json.dumps({**dataclasses.asdict(dataclasses.replace(result, found=())), "found": found}))
+        return
+    if result.found:
+        _print_table(*search_table(result))
+        print()
+    print(*search_verdict(result, best), sep="\n")
+
+
+@app.command(rich_help_panel="Configs")
 def schema(
     bench: Annotated[bool, typer.Option("--bench", help="Of benchmarks' configs.")] = False,
 ) -> None:

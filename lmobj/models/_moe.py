@@ -227,8 +227,15 @@ def _router_logits(x: Float[Array, "B L D"], kernel: Float[Array, "D E"]) -> Flo
 
 
 def _top_k(logits: Float[Array, "B L E"], k: int) -> Int[Array, "B L k"]:
-    """The k best experts of each token, best first; of equals the one with the lower number."""
-    return jax.lax.top_k(logits, k)[1]
+    """The k best experts of each token, best first; of equals the one with the lower number.
+
+    One maximum after another: `jax.lax.top_k` is a call that the partitioner runs on the rows of all devices at once.
+    """
+    best = []
+    for _ in range(k):
+        best.append(jnp.argmax(logits, axis=-1))
+        logits = jnp.where(jax.nn.one_hot(best[-1], logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    return jnp.stack(best, axis=-1).astype(jnp.int32)
 
 
 def _give_places(

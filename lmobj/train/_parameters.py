@@ -1,4 +1,4 @@
-"""Parameters as optimizers see them: their logical rank, whether layers are stacked in them, and rules per layer."""
+"""Parameters as optimizers see them: their logical rank, what is stacked in them, and rules for each of the stack."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ __all__ = ["Describe", "Parameter", "decay_mask", "describer", "map_described", 
 
 
 class Parameter(NamedTuple):
-    """A parameter as the rules see it: its logical names and rank without the axis that stacks layers."""
+    """A parameter as the rules see it: its logical names and rank without the axes that stack layers and experts."""
 
     path: tuple[Any, ...]
     names: tuple[str | None, ...]
     rank: int
-    stacked: bool
+    stacked: int
+    """How many axes in front stack parameters: layers, and the experts of each."""
 
     @property
     def is_vector(self) -> bool:
@@ -48,9 +49,11 @@ def describer(logical_axes: Mapping[str, Any]) -> Describe:
         stacked = len(names) == array.ndim - 1
         if not stacked and len(names) != array.ndim:
             raise ValueError(f"{keys}: logical axes {names} do not fit the shape {array.shape}.")
-        if names and names[0] == "layers":
-            names, stacked = names[1:], True
-        return Parameter(keys, names, array.ndim - stacked, stacked)
+        depth = int(stacked)
+        for axis in ("layers", "experts"):
+            if names and names[0] == axis:
+                names, depth = names[1:], depth + 1
+        return Parameter(keys, names, array.ndim - depth, depth)
 
     return lambda tree: jax.tree_util.tree_map_with_path(describe, tree)
 
@@ -80,23 +83,22 @@ def map_described(described: Any, function: Callable[[Parameter], Any]) -> Any:
 
 
 def per_layer(transform: optax.GradientTransformation, logical_axes: Mapping[str, Any]) -> optax.GradientTransformation:
-    """`transform` applied to every parameter by itself, and to a stacked parameter layer by layer (vmapped).
+    """`transform` applied to every parameter by itself, and to a stacked one layer by layer and expert by expert.
 
-    The state is a tree like the parameters with one state of `transform` at each, its leaves with the layers leading.
+    The state is a tree like the parameters with one state of `transform` at each, its leaves with what is stacked
+    leading.
     """
     describe = describer(logical_axes)
 
     def init(params: Any) -> Any:
-        return jax.tree.map(
-            lambda p, d: (jax.vmap(transform.init) if d.stacked else transform.init)(p), params, describe(params)
-        )
+        return jax.tree.map(lambda p, d: _mapped(transform.init, d.stacked)(p), params, describe(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("per_layer needs the parameters.")
         tree: Any = jax.tree.structure(updates)
         results = [
-            (jax.vmap(transform.update) if d.stacked else transform.update)(u, s, p)
+            _mapped(transform.update, d.stacked)(u, s, p)
             for u, s, p, d in zip(
                 jax.tree.leaves(updates),
                 tree.flatten_up_to(state),
@@ -108,3 +110,10 @@ def per_layer(transform: optax.GradientTransformation, logical_axes: Mapping[str
         return tree.unflatten([r[0] for r in results]), tree.unflatten([r[1] for r in results])
 
     return optax.GradientTransformation(init, update)
+
+
+def _mapped(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """`function` for each element along the first `axes` axes."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function

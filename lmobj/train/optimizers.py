@@ -333,10 +333,7 @@ def _muon_rule(config: Muon, describe: Describe) -> optax.GradientTransformation
 
 def _muon_dimensions(parameter: Parameter) -> contrib.MuonDimensionNumbers:
     """Which axes of a matrix are its input and its output; layers and experts are a batch of matrices."""
-    first = int(parameter.stacked)
-    names = parameter.names
-    while names and names[0] in ("expert", "experts"):
-        names, first = names[1:], first + 1
+    first, names = parameter.stacked, parameter.names
     axes = tuple(range(first, first + len(names)))
     if len(names) == 2:
         return contrib.MuonDimensionNumbers(axes[:1], axes[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +49,14 @@ class Plan:
         return ", ".join(f"{name} {getattr(self, name) / 2**30:.2f} GiB" for name in parts)
 
 
-def make_plan(design: Design) -> Plan:
-    """Compiles the training step of a design and reads off what it takes; nothing is allocated."""
+def make_plan(design: Design, options: Mapping[str, Any] | None = None) -> Plan:
+    """Compiles the training step of a design and reads off what it takes; nothing is allocated.
+
+    `options` are XLA's, by name.
+    """
     lowered = design.lower_train_step()
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(dict(options or {}))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if memory is None:

@@ -24,50 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lmobj.errors import UserError
+from lmobj.train.devices import peak_flops
 from lmobj.train.distributed import is_first
 from lmobj.train.sinks import JsonLines, Sink, TensorBoard
 from lmobj.train.storage import write_atomically
 
-__all__ = [
-    "ACTIVITIES",
-    "PEAK_FLOPS",
-    "Tracker",
-    "last_metrics",
-    "peak_flops",
-    "read_metrics",
-    "truncate_metrics",
-    "utilisation",
-]
-
-PEAK_FLOPS: Mapping[str, float] = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "T4": 65e12,
-    "V100": 125e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-"""Peak dense 16-bit matrix operations per second of one JAX device, by a part of its `device_kind` (makers' data
-sheets; a TPU v2 or v3 device is one of the chip's two cores). Multiplies and adds count separately."""
-
+__all__ = ["ACTIVITIES", "Tracker", "last_metrics", "read_metrics", "truncate_metrics", "utilisation"]
 
 ACTIVITIES = ("input_wait", "evaluation", "saving")
 """What the loop does beside training steps, and `Tracker.timed` times: waiting for a batch, evaluating, saving."""
@@ -75,18 +37,6 @@ ACTIVITIES = ("input_wait", "evaluation", "saving")
 
 _WORTH_TELLING = 0.05
 """Share of the time from which on the live line tells of waiting for input."""
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """The peak of a kind of device, from the longest entry of `PEAK_FLOPS` whose words it has; None if unknown."""
-    words = device_kind.replace("-", " ").split()
-
-    def fits(entry: str) -> bool:
-        part = entry.split()
-        return any(words[i : i + len(part)] == part for i in range(len(words)))
-
-    name = max(filter(fits, PEAK_FLOPS), key=len, default=None)
-    return None if name is None else PEAK_FLOPS[name]
 
 
 def utilisation(flops_per_second: float, device: jax.Device) -> float | None:

@@ -16,7 +16,7 @@ from fake_wandb import FakeWandB
 from tensorboardX.proto.event_pb2 import Event
 
 from lmobj.errors import UserError
-from lmobj.train import tracking
+from lmobj.train import devices, tracking
 from lmobj.train.sinks import WandB, WandBSink
 from lmobj.train.tracking import Tracker, read_metrics, truncate_metrics
 
@@ -222,7 +222,7 @@ def test_a_terminal_gets_one_live_line(tmp_path: pathlib.Path, monkeypatch: pyte
     ],
 )
 def test_peaks_by_kind_of_device(kind: str, peak: float | None) -> None:
-    assert tracking.peak_flops(kind) == peak
+    assert devices.peak_flops(kind) == peak
 
 
 def test_utilisation_where_the_peak_is_known(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
