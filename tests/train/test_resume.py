@@ -57,6 +57,7 @@ _TRAIN_AND_DIE = """
 import os, signal, sys
 from lmobj.cli import main
 from lmobj.train.tracking import Tracker
+from lmobj.train.sharding import MESH_AXES
 
 log = Tracker.log
 
@@ -277,7 +278,7 @@ def test_every_key_but_those_is_held_fast(causal: FitResult) -> None:
             refused.add(key)
     free = {key for key in keys(identity["config"]) if key not in refused}
     assert free == {
-        "run", "train.mesh.data", "train.mesh.fsdp", "train.mesh.tensor", "train.log_every", "train.keep",
+        "run", *(f"train.mesh.{axis}" for axis in MESH_AXES), "train.log_every", "train.keep", "train.profile",
         "train.guard.nonfinite", "train.guard.spike", "train.guard.threshold", "train.guard.decay",
         "train.guard.warmup", "train.guard.dumps", "train.wandb",
         "data.cache", "data.workers",
