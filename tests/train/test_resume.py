@@ -24,6 +24,7 @@ from lmobj.cli import main
 from lmobj.errors import UserError
 from lmobj.train import FitResult, fit, loop
 from lmobj.train.run_folder import MAY_CHANGE, check_same_run
+from lmobj.train.sharding import MESH_AXES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -57,7 +58,6 @@ _TRAIN_AND_DIE = """
 import os, signal, sys
 from lmobj.cli import main
 from lmobj.train.tracking import Tracker
-from lmobj.train.sharding import MESH_AXES
 
 log = Tracker.log
 
