@@ -5,8 +5,8 @@
 
 An encoder of 4 layers, 512 wide with 8 heads, learns from the documentation that Python ships, 16 rows of 128 tokens a
 step, through `lmobj.train.fit` with all that a run does. What is shown is `perf/input_wait` as the run itself logs it:
-time in which the loop waited for the next batch and its way to the device, as a share of the time without evaluation
-and saving. The last line of the output is JSON.
+time in which the loop waited for the next batch and its way to the device, as a share of the whole time, in which
+nothing is evaluated or saved. The last line of the output is JSON.
 """
 
 from __future__ import annotations

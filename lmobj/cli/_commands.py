@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import lmobj
+from lmobj._cache import keep_programs
 from lmobj.cli._processes import in_several_processes
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def train(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> 
     from lmobj.train import fit
     from lmobj.train.distributed import agreed
 
+    keep_programs()
     with agreed("config"):
         experiment = load(config, overrides or ())
     fit(experiment, quiet=quiet)
@@ -83,6 +85,7 @@ def resume(run: Run, overrides: Overrides = None, quiet: Quiet = False) -> None:
     from lmobj.train import fit
     from lmobj.train.distributed import agreed
 
+    keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
     fit(experiment, resume=True, quiet=quiet)
@@ -96,6 +99,7 @@ def bench(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> 
     """
     from lmobj.bench import load, run
 
+    keep_programs()
     result = run(load(config, overrides or ()), quiet=quiet)
     if not quiet:
         _print_table(result.header, result.rows)
@@ -138,6 +142,7 @@ def evaluate(
     from lmobj.train.distributed import agreed, is_first
     from lmobj.train.trained import open_run
 
+    keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
     metrics = open_run(experiment, best=best).evaluate(split)
@@ -212,6 +217,7 @@ def generate(
     if not given:
         raise UserError("there is no prompt; accepted: --prompt TEXT, or --prompts FILE.")
     task = few_shot(examples, shots, instruction, template, separator)
+    keep_programs()
     experiment = _experiment(run)
     trained = open_run(on_one_device(experiment), best=best)
     _tell_weights(experiment)
@@ -240,6 +246,7 @@ def fill(
     from lmobj.cli._decoding import print_fillings
     from lmobj.train.trained import on_one_device, open_run
 
+    keep_programs()
     experiment = _experiment(run)
     trained = open_run(on_one_device(experiment), best=best)
     _tell_weights(experiment)

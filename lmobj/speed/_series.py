@@ -29,7 +29,8 @@ def measure_each(
     fewer_rows: bool = False,
     child: Child = in_process,
 ) -> dict[str, dict[str, Any]]:
-    """What `measure` tells of each experiment, by name; `error` alone of one whose process died.
+    """What `measure` tells of each experiment, by name; `error` alone of one that cannot be measured, or whose process
+    died.
 
     Args:
       experiments: by name.
@@ -39,7 +40,7 @@ def measure_each(
       child: calls a function in another process.
 
     Raises:
-      UserError: settings that cannot be satisfied, or a peer that there is not.
+      UserError: settings that cannot be satisfied, or a peer that there is not, of the only experiment.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, experiment in experiments.items():
@@ -51,6 +52,10 @@ def measure_each(
                 found[label] = child(call)
             except concurrent.futures.process.BrokenProcessPool as error:
                 found[label] = {"error": f"the process died: {error}"}
+            except UserError as error:
+                if len(experiments) == 1:
+                    raise
+                found[label] = {"error": str(error)}
             exhausted = any(row["out_of_memory"] for row in found[label].get("contenders", ()))
             smaller = _half(tried) if exhausted and fewer_rows else None
             if smaller is None:

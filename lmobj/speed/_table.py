@@ -57,13 +57,12 @@ def notes(found: Iterable[Mapping[str, Any]]) -> list[str]:
     devices = sorted({f"{one['devices']} x {one['device']} ({one['platform']})" for one in measured})
     rows = [row for one in measured for row in one["contenders"]]
     told = any(row["peak_bytes"] is not None for row in rows)
-    lines = [
-        f"On {'; '.join(devices)}.",
-        "peak GiB: most that a device's allocator had in use. "
-        if told
-        else "These devices do not tell what memory was in use: planned GiB is the compiler's own figure. ",
-    ]
-    lines[-1] += "planned GiB: state, batch and temporaries of the compiled step, on each device."
+    lines = [f"On {'; '.join(devices)}."] if devices else []
+    if told:
+        lines.append("peak GiB: the most that a device's allocator had in use.")
+    elif measured:
+        lines.append("These devices do not tell how much memory was in use.")
+    lines.append("planned GiB: state, batch and temporaries of the compiled step on each device, as the compiler says.")
     if any("lmobj_over_it" in row for row in rows):
         lines.append(
             "lmobj over it: time of its step over that of lmobj's, median of the turns; above 1 lmobj is faster. "

@@ -31,7 +31,7 @@ from lmobj.data import Rows as DataRows
 from lmobj.errors import UserError
 from lmobj.models import ModelBuilder, MoEConfig
 from lmobj.objectives import Objective, Rows, with_router_losses
-from lmobj.train import distributed
+from lmobj.train import distributed, rounding
 from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together, unnamed
 from lmobj.train.config import TrainConfig
 from lmobj.train.guard import GUARD
@@ -389,16 +389,20 @@ def design(
     abstract = nnx.eval_shape(build, jax.random.key(0))
     trained = with_router_losses(objective, abstract)
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
+    optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=logical_axes(abstract))
+    if settings.stochastic_rounding:
+        optimizer = rounding.in_float32(optimizer)
     program = Program(
         objective=trained,
         graphs={role: nnx.split(model)[0] for role, model in abstract.items()},
         vocab=vocab,
-        optimizer=make_optimizer(settings.optimizer, schedule, logical_axes=logical_axes(abstract)),
+        optimizer=optimizer,
         coefficients=_coefficients(trained, settings),
         seed=settings.seed,
         accumulate=settings.accumulate,
         guard=settings.guard,
         ema=settings.ema,
+        stochastic_rounding=settings.stochastic_rounding,
     )
 
     def init(key: Any) -> State:
@@ -409,6 +413,8 @@ def design(
     key_data = program.key_data
     with active(mesh, rules):
         shapes = jax.eval_shape(init, key_data)
+    if settings.stochastic_rounding:
+        rounding.check_rounded(shapes.params)
     parameters = parameter_shardings(abstract, mesh, rules)
     shardings = state_shardings(shapes, parameters, mesh, rules)
     if settings.zero:

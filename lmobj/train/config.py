@@ -9,6 +9,7 @@ from lmobj.errors import UserError
 from lmobj.train.ema import EMA
 from lmobj.train.guard import Guard
 from lmobj.train.optimizers import AdamW, Optimizer
+from lmobj.train.profile import Profile
 from lmobj.train.schedules import Schedule
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.sinks import WandB
@@ -37,6 +38,9 @@ class TrainConfig:
     """Microbatches that a global batch is taken in, to save memory; the result is that of the whole batch."""
     optimizer: Optimizer = field(default_factory=AdamW)
     """The optimizer and its learning-rate schedule."""
+    stochastic_rounding: bool = False
+    """With model.param_dtype bfloat16: optimizer state and updates in float32, and the new parameter rounded up or down
+    at random, its expectation exact, so that small updates add up where rounding to nearest would lose them."""
     guard: Guard = field(default_factory=Guard)
     """What to do about losses and gradients that are not finite, and about loss spikes."""
     ema: EMA | None = None
@@ -59,6 +63,8 @@ class TrainConfig:
     """Steps between checkpoints; absent: only at the end. A signal always saves."""
     keep: int = 2
     """Newest checkpoints kept, at least 1; the best by eval/loss is kept beside them."""
+    profile: Profile | None = None
+    """Trace a few steps for XProf into the run folder's profile/; absent: none."""
     wandb: WandB | None = None
     """Log to Weights & Biases as well; absent: do not."""
 
@@ -75,6 +81,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} is {value}; accepted: 1 or more, or null for only at the end.")
+        if self.profile is not None and self.profile.steps[1] > self.steps:
+            raise UserError(
+                f"train.profile.steps is {list(self.profile.steps)} and train.steps is {self.steps}; accepted: [a, b] "
+                f"with 1 <= a <= b <= {self.steps}."
+            )
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.accumulate is {self.accumulate}; accepted: a divisor of train.batch_size, {self.batch_size}."

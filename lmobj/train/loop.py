@@ -19,6 +19,7 @@ from lmobj.train.environment import environment
 from lmobj.train.evaluation import Evaluation, readable
 from lmobj.train.flops import model_flops
 from lmobj.train.guard import GUARD, Verdict
+from lmobj.train.profile import Profiler
 from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import active
 from lmobj.train.signals import Stopped, listen
@@ -222,9 +223,10 @@ def _train(
         with tracker.timed("saving"):
             checkpoints.save(step, state, metrics=evaluated, metadata=run.identity)
 
-    with listen(distributed.peers()) as stop:
+    profiler = Profiler(settings.profile, folder.profile, start, tracker.note)
+    with listen(distributed.peers()) as stop, profiler.closing():
         for step, batch in enumerate(_batches(run, tracker, start), start + 1):
-            state, metrics = run.train_step(state, batch)
+            state, metrics = profiler.run(step, run.train_step, state, batch)
             evaluated = {}
             read_metrics()
             unread = (step, metrics)

@@ -9,7 +9,8 @@ baselines.json     what n-gram models reach on the same held-out text
 samples.json       texts sampled from the model
 report.html        all of it on one page
 
-`train.guard` adds bad_batches/ with the batches that it refused, and `train.wandb` adds wandb/ and wandb_id.
+`train.guard` adds bad_batches/ with the batches that it refused, `train.profile` adds profile/, and `train.wandb` adds
+wandb/ and wandb_id.
 
 It is a path or a URL. For a URL in a store (`gs://...`), checkpoints go there by themselves, and the other files, which
 are appended to, are kept in a working copy on this machine. They are sent just before a checkpoint becomes complete and
@@ -36,7 +37,8 @@ from lmobj.train.storage import FULL, Place, StoredFolder, local_path, working_c
 __all__ = ["RunFolder", "check_same_run", "differing_keys"]
 
 MAY_CHANGE = (
-    "run", "train.mesh", "train.log_every", "train.keep", "train.guard", "train.wandb", "data.cache", "data.workers",
+    "run", "train.mesh", "train.log_every", "train.keep", "train.guard", "train.profile", "train.wandb", "data.cache",
+    "data.workers",
 )  # fmt: skip
 """Keys that `resume` lets differ: they change where and how fast a run goes, never what it computes; or, train.guard,
 what becomes of batches that would end it."""
@@ -76,6 +78,11 @@ class RunFolder:
     def metrics(self) -> pathlib.Path:
         """The metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def profile(self) -> pathlib.Path:
+        """Where traces of `train.profile` go."""
+        return self.path / "profile"
 
     @property
     def checkpoints(self) -> str:

@@ -37,6 +37,7 @@ from lmobj.objectives import (
     total_loss,
     with_router_losses,
 )
+from lmobj.train import rounding
 from lmobj.train.ema import EMA
 from lmobj.train.guard import GUARD, Guard, GuardState, Verdict, judge, select
 
@@ -94,6 +95,7 @@ class Program:
     accumulate: microbatches per global batch.
     guard: which updates are passed over; whether the run ends then is the loop's business.
     ema: how the parameters are averaged, if they are.
+    stochastic_rounding: parameters in bfloat16 take their updates by `rounding.apply_updates`.
     """
 
     objective: Objective
@@ -105,6 +107,7 @@ class Program:
     accumulate: int = 1
     guard: Guard = field(default_factory=Guard)
     ema: EMA | None = None
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         whole = [n for n, kind in self.objective.term_kinds.items() if kind is TermKind.BATCH]
@@ -201,6 +204,14 @@ class Program:
         """Updates that the optimizer has made before this one, the `update`-th of its step."""
         return state.step * self.objective.updates + update - state.guard.skipped
 
+    def _updated(self, trained: Params, updates: Params, step: Int[Array, ""], update: int) -> Params:
+        """The parameters after an update, the `update`-th of a step."""
+        if self.stochastic_rounding:
+            rounded: Params = rounding.apply_updates(trained, updates, rounding.update_seed(self.key, step, update))
+            return rounded
+        plain: Params = optax.apply_updates(trained, updates)
+        return plain
+
     def _update(self, state: State, frozen: Params, batch: Batch, update: int) -> tuple[State, StepMetrics, Verdict]:
         objective, parts = self.objective, self.accumulate
         noise_keys, ctx = self._context(batch, state, update, train=True)
@@ -243,7 +254,7 @@ class Program:
             carried = jax.tree.map(_join_rows, carried)
             metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
-        params, own = _untrained(optax.apply_updates(trained, updates), state.objective.params)
+        params, own = _untrained(self._updated(trained, updates, state.step, update), state.objective.params)
         ema = () if self.ema is None else self.ema.update(state.ema, params, self._updates_made(state, update))
         norm = optax.tree.norm(grads)
         good, guard, verdict = judge(self.guard, state.guard, metrics["loss"][0], norm)

@@ -35,6 +35,10 @@ ACTIVITIES = ("input_wait", "evaluation", "saving")
 """What the loop does beside training steps, and `Tracker.timed` times: waiting for a batch, evaluating, saving."""
 
 
+_WORTH_TELLING = 0.05
+"""Share of the time from which on the live line tells of waiting for input."""
+
+
 def utilisation(flops_per_second: float, device: jax.Device) -> float | None:
     """Model FLOPs in a second on a device as a share of its peak; None on CPU, and where the peak is not known."""
     peak = None if device.platform == "cpu" else peak_flops(device.device_kind)
@@ -101,8 +105,9 @@ class Tracker:
 
         Where there are `train/` metrics among them, these are added, measured since the `train/` metrics before:
         `perf/steps_per_second` and, where known, `perf/tokens_per_second` and `perf/mfu`, without the time that went
-        to evaluation and saving; `perf/evaluation` and `perf/saving`, shares of the whole time; and
-        `perf/input_wait`, the share of the rest that was spent waiting for batches.
+        to evaluation and saving; and where each second went, in shares that add up to 1: `perf/input_wait`, waiting for
+        batches, `perf/evaluation`, `perf/saving`, which is what the loop waits for while a checkpoint is written in the
+        background, and `perf/step`, all the rest, which is the training steps themselves.
         """
         if not self._leader:
             return
@@ -177,6 +182,8 @@ class Tracker:
             parts.append(f"{numbers['perf/tokens_per_second']:,.0f} tokens/s")
         if "perf/mfu" in numbers:
             parts.append(f"MFU {numbers['perf/mfu']:.1%}")
+        if numbers.get("perf/input_wait", 0) >= _WORTH_TELLING:
+            parts.append(f"{numbers['perf/input_wait']:.0%} waiting for input")
         seconds = self._clock.seconds_per_step
         if seconds is not None:
             parts.append(f"ETA {_duration(seconds * (self.total - step))}")
@@ -189,7 +196,7 @@ class Tracker:
 
 
 class _Lap(NamedTuple):
-    """Steps per second of training alone, and the shares of `ACTIVITIES`."""
+    """Steps per second of training alone, and the shares of `ACTIVITIES` and of `step`, which add up to 1."""
 
     steps_per_second: float
     shares: dict[str, float]
@@ -211,8 +218,8 @@ class _Clock:
         elif step > self._last[0]:
             elapsed = max(now - self._last[1], 1e-9)
             training = max(elapsed - self._spent["evaluation"] - self._spent["saving"], 1e-9)
-            whole = {"input_wait": training}
-            shares = {name: self._spent[name] / whole.get(name, elapsed) for name in ACTIVITIES}
+            shares = {name: self._spent[name] / elapsed for name in ACTIVITIES}
+            shares["step"] = 1 - sum(shares.values())
             lap = _Lap((step - self._last[0]) / training, shares)
             self.seconds_per_step = (now - self._first[1]) / (step - self._first[0])
         self._last = (step, now)

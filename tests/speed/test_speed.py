@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.cli import main
 from lmobj.config import Experiment, load
+from lmobj.errors import UserError
 from lmobj.speed import _measure, check_peer, measure, measure_each, notes, speed_rows, synthetic_batch
 from lmobj.speed._ours import Pending
 from lmobj.train.assemble import Design, design
@@ -125,6 +127,18 @@ def test_out_of_memory_halves_the_rows_and_the_others_go_on() -> None:
     assert list(measure_each(given, fewer_rows=True, child=child)) == ["a"]
 
 
+def test_a_mistake_in_one_of_several_is_told_in_its_row() -> None:
+    def child(call: Any) -> dict[str, Any]:
+        if call.args[0].objective.name == "masked_lm":
+            raise UserError("data.length is 1")
+        return {"contenders": []}
+
+    bad = {"bad": tiny("masked_lm")}
+    assert measure_each({**bad, "good": tiny("causal_lm")}, child=child)["bad"] == {"error": "data.length is 1"}
+    with pytest.raises(UserError, match=r"data\.length is 1"):
+        measure_each(bad, child=child)
+
+
 def test_memory_that_runs_out_is_told_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: Any) -> Any:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
@@ -160,8 +174,23 @@ def test_a_measurement_over_a_mesh() -> None:
     assert row["planned_bytes"] > 0
     told = " ".join(notes([found]))
     assert "On 2 x cpu (cpu)." in told
-    assert "do not tell what memory was in use" in told
+    assert "do not tell how much memory was in use" in told
     assert "MFU = model FLOPs" in told
+
+
+@pytest.mark.slow
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(_CONFIGS)
+    argv = ["speed", "tiny/causal_lm_gru.yaml", "train.batch_size=8", "--steps", "2"]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (one,) = found["experiments"].values()
+    assert (one["rows"], len(one["contenders"][0]["step_seconds"])) == (8, 2)
+    assert "MFU = " in found["formula"]
+    assert main(argv) == 0
+    header, row, *_ = capsys.readouterr().out.splitlines()
+    assert len(header.split("\t")) == len(row.split("\t"))
+    assert row.startswith("tiny/causal_lm_gru.yaml, ")
 
 
 # --- peers --------------------------------------------------------------------------------------------------------

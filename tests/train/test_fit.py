@@ -64,9 +64,11 @@ def test_metrics_have_their_names_at_their_steps(causal: FitResult, masked: FitR
             names = train if group == "train" else held_out
             assert set(line) == {"step", *(f"{group}/{name}" for name in names)}
         perf = {name for line in read_metrics(result.run_dir / "metrics.jsonl") for name in line if "perf/" in name}
-        assert perf == {
-            f"perf/{name}" for name in ("steps_per_second", "tokens_per_second", "input_wait", "evaluation", "saving")
-        }
+        shares = {f"perf/{name}" for name in ("input_wait", "evaluation", "saving", "step")}
+        assert perf == {"perf/steps_per_second", "perf/tokens_per_second", *shares}
+        timed = [line for line in read_metrics(result.run_dir / "metrics.jsonl") if "perf/step" in line]
+        assert all(sum(line[name] for name in shares) == pytest.approx(1) for line in timed)
+        assert all(line[name] >= 0 for line in timed for name in shares)
 
 
 def test_each_metric_fits_the_others(causal: FitResult) -> None:

@@ -23,7 +23,7 @@ from lmobj.train.assemble import assemble
 from lmobj.train.guard import GuardState
 from lmobj.train.memory import Situation, cheapest_change, check_state, contributors, explained, situation
 from lmobj.train.plan import shard_bytes
-from lmobj.train.sharding import MeshConfig
+from lmobj.train.sharding import MESH_AXES, MeshConfig
 from lmobj.train.step import State
 
 # --- who takes how much -------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_accelerators_have_their_own_memory(
     causal: FitResult, monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int | None]
 ) -> None:
     devices = [SimpleNamespace(platform="gpu", memory_stats=lambda n=n: n and {"bytes_limit": n << 30}) for n in limits]
-    mesh = SimpleNamespace(local_devices=devices, shape={"data": 2, "fsdp": 1, "tensor": 1})
+    mesh = SimpleNamespace(local_devices=devices, shape=dict.fromkeys(MESH_AXES, 1) | {"data": 2})
     run = SimpleNamespace(**{**vars(causal.assembly), "mesh": mesh, "abstract_batch": causal.assembly.abstract_batch})
     monkeypatch.setattr(memory, "shard_bytes", lambda tree: 3 << 30)
     check_state(run)  # type: ignore[arg-type]

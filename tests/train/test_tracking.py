@@ -75,9 +75,10 @@ def test_metrics_file_speed_and_events(tmp_path: pathlib.Path, monkeypatch: pyte
                 "train/loss": None,
                 "perf/steps_per_second": 2.0,
                 "perf/tokens_per_second": 128.0,
-                "perf/input_wait": 0.1,
+                "perf/input_wait": 0.5 / 60,
                 "perf/evaluation": 50 / 60,
                 "perf/saving": 5 / 60,
+                "perf/step": pytest.approx(4.5 / 60),
             },
         ]
         tracker.text(20, "samples/0", "once upon a time")
@@ -98,7 +99,8 @@ def test_metrics_file_speed_and_events(tmp_path: pathlib.Path, monkeypatch: pyte
         ("eval/bits_per_byte", 10): 2.25,
         ("perf/steps_per_second", 20): 2.0,
         ("perf/tokens_per_second", 20): 128.0,
-        ("perf/input_wait", 20): pytest.approx(0.1),
+        ("perf/step", 20): pytest.approx(4.5 / 60),
+        ("perf/input_wait", 20): pytest.approx(0.5 / 60),
         ("perf/evaluation", 20): pytest.approx(50 / 60),
         ("perf/saving", 20): pytest.approx(5 / 60),
     }
