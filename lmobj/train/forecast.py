@@ -29,7 +29,7 @@ from lmobj.train.plan import Plan, make_plan, planned_vocabulary
 from lmobj.train.roofline import Roofline, memory_traffic, roofline
 from lmobj.train.targets import Target, make_target
 
-__all__ = ["Forecast", "Memory", "designed", "forecast", "forecast_on", "multiplied_bytes"]
+__all__ = ["Forecast", "Memory", "cut_heads", "designed", "forecast", "forecast_on", "multiplied_bytes"]
 
 _UPPER_BOUND = (
     "Memory is an upper bound: compiled for CPU devices, which compute bfloat16 in float32 and have no flash attention."
@@ -188,7 +188,20 @@ def designed(config: Experiment, target: Target) -> tuple[Design, list[str]]:
                 f"--devices is {len(target.devices)}, and {sizes} uses {mesh.size}; accepted: sizes that multiply to "
                 "all of them, with -1 for what is left."
             )
-        return design(config, planned_vocabulary(config.data.tokenizer), mesh=mesh), notes
+        run = design(config, planned_vocabulary(config.data.tokenizer), mesh=mesh)
+    return run, [*notes, *cut_heads(run)]
+
+
+def cut_heads(run: Design) -> list[str]:
+    """A line for each count of heads that the mesh does not divide, so that it cuts through heads."""
+    ways = math.prod(run.mesh.shape[axis] for axis in run.rules["heads"])
+    counts = {name: getattr(run.config.model, name, None) for name in ("heads", "kv_heads")}
+    return [
+        f"model.{name} is {count}, which {' x '.join(run.rules['heads'])} = {ways} does not divide: heads are cut in "
+        "pieces, and devices exchange more."
+        for name, count in counts.items()
+        if count and count % ways
+    ]
 
 
 def _with_model(config: Any, **changes: Any) -> Any:
