@@ -231,7 +231,8 @@ def _compile(run: Design, target: Target) -> tuple[Plan, tuple[Collective, ...]]
     domain = target.kind.domain
     if target.topology is not None:
         try:
-            plan = make_plan(run)
+            with _uncached():
+                plan = make_plan(run)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -248,7 +249,8 @@ def _compile(run: Design, target: Target) -> tuple[Plan, tuple[Collective, ...]]
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Compiles anew: a program out of jax's cache on disk would leave no trace of its partitioning."""
+    """Compiles anew. A program out of jax's cache on disk would leave no trace of its partitioning, and one for devices
+    that are not there cannot be read back."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()

@@ -266,6 +266,17 @@ def test_the_way_to_the_tpus_own_compiler_is_told(monkeypatch: pytest.MonkeyPatc
     assert any("pip install 'lmobj[tpu]'" in note for note in told.notes)
 
 
+@pytest.mark.slow
+def test_the_tpus_own_compiler_counts_the_same() -> None:
+    pytest.importorskip("libtpu")
+    told, here = (forecast(tiny(data=1, fsdp=8), kind, 8) for kind in ("v5e", "h100"))
+    assert (told.compiler, here.compiler) == ("TPU (v5e:2x4)", "CPU")
+    assert told.counted_flops == here.counted_flops
+    assert (told.memory.weights, told.memory.optimizer) == (here.memory.weights, here.memory.optimizer)
+    assert told.collectives
+    assert not told.notes
+
+
 def test_a_tpu_without_room_says_how_much_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     target = dataclasses.replace(make_target(device_kind("v5e"), 8), topology="v5e:2x4")
 
