@@ -48,6 +48,7 @@ UNIGRAM = 2.958
 EXPECTED = {
     "causal_lm": Expected("bits_per_byte", below=UNIGRAM),
     "causal_lm_gru": Expected("bits_per_byte", below=UNIGRAM),
+    "causal_lm_experts": Expected("bits_per_byte", below=UNIGRAM),
     # The frequencies of the training text give 6.264 nats per ordinary token of the held-out one.
     "masked_lm": Expected("nll", below=6.264),
     "masked_lm_ngram": Expected("nll", below=6.264),

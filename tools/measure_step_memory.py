@@ -3,7 +3,7 @@
     python tools/measure_step_memory.py          1 to 2 minutes on 2 cores
 
 GPT-2 124M with a vocabulary of 128,000, 8 rows of 1,024 tokens, compiled for this machine: `temp_size_in_bytes` with
-the loss's logits whole or in blocks, under each `model.remat`. Ends with exit code 1 if blocks and `block` together take
+the loss's logits whole or in blocks, under each `model.remat`. Exit code 1 if blocks and `block` together take
 more than half of what neither takes.
 """
 

@@ -30,7 +30,7 @@ from lmobj.train.products import matmul_flops
 from lmobj.train.roofline import Roofline, memory_traffic, roofline
 from lmobj.train.targets import Target, make_target
 
-__all__ = ["Forecast", "Memory", "designed", "forecast", "forecast_on", "multiplied_bytes"]
+__all__ = ["Forecast", "Memory", "cut_heads", "designed", "forecast", "forecast_on", "multiplied_bytes"]
 
 _UPPER_BOUND = (
     "Memory is an upper bound: compiled for CPU devices, which compute bfloat16 in float32 and have no flash attention."
@@ -189,7 +189,20 @@ def designed(config: Experiment, target: Target) -> tuple[Design, list[str]]:
                 f"--devices is {len(target.devices)}, and {sizes} uses {mesh.size}; accepted: sizes that multiply to "
                 "all of them, with -1 for what is left."
             )
-        return design(config, planned_vocabulary(config.data.tokenizer), mesh=mesh), notes
+        run = design(config, planned_vocabulary(config.data.tokenizer), mesh=mesh)
+    return run, [*notes, *cut_heads(run)]
+
+
+def cut_heads(run: Design) -> list[str]:
+    """A line for each count of heads that the mesh does not divide, so that it cuts through heads."""
+    ways = math.prod(run.mesh.shape[axis] for axis in run.rules["heads"])
+    counts = {name: getattr(run.config.model, name, None) for name in ("heads", "kv_heads")}
+    return [
+        f"model.{name} is {count}, which {' x '.join(run.rules['heads'])} = {ways} does not divide: heads are cut in "
+        "pieces, and devices exchange more."
+        for name, count in counts.items()
+        if count and count % ways
+    ]
 
 
 def _with_model(config: Any, **changes: Any) -> Any:
@@ -219,7 +232,8 @@ def _compile(run: Design, target: Target) -> tuple[Plan, tuple[Collective, ...]]
     domain = target.kind.domain
     if target.topology is not None:
         try:
-            plan = make_plan(run)
+            with _uncached():
+                plan = make_plan(run)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -236,7 +250,8 @@ def _compile(run: Design, target: Target) -> tuple[Plan, tuple[Collective, ...]]
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Compiles anew: a program out of jax's cache on disk would leave no trace of its partitioning."""
+    """Compiles anew. A program out of jax's cache on disk would leave no trace of its partitioning, and one for devices
+    that are not there cannot be read back."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()

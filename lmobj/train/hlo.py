@@ -217,7 +217,7 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|true_computation|false_computation|branch_computations|called_computations)="
     r"(?:%?([\w.\-]+)|\{([^}]*)\})"
 )
-_ARRAY = re.compile(r"\b([a-z]+)(\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 
 
 def parse(text: str) -> dict[str, Computation]:
@@ -297,5 +297,5 @@ def array_bytes(shape: str) -> int:
     plain = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape)
     return sum(
         -(-math.prod(int(size) for size in sizes.split(",") if size) * (int(bits or 8)) // 8)
-        for _, bits, sizes in _ARRAY.findall(plain)
+        for bits, sizes in _ARRAY.findall(plain)
     )

@@ -22,7 +22,7 @@ from lmobj.train.assemble import Design, Experiment
 from lmobj.train.collectives import Collective
 from lmobj.train.devices import DeviceKind, device_kind
 from lmobj.train.flops import model_flops
-from lmobj.train.forecast import Forecast, designed, forecast_on, multiplied_bytes
+from lmobj.train.forecast import Forecast, cut_heads, designed, forecast_on, multiplied_bytes
 from lmobj.train.plan import shard_bytes
 from lmobj.train.roofline import memory_traffic, roofline
 from lmobj.train.sharding import MESH_AXES, MeshConfig
@@ -74,7 +74,7 @@ class SearchResult:
     tried: int
     """Meshes times recomputation policies."""
     refused: int
-    """Of these, on meshes that some setting does not allow, or that leave a dimension whole."""
+    """Of these, on meshes that some setting does not allow, that leave a dimension whole, or that cut through heads."""
     too_large: int
     """Of these, with no number of microbatches that fits by estimate."""
     compiled: int
@@ -177,12 +177,12 @@ class _Search:
         return Candidate(mesh, None, accumulate).applied(self.config)
 
     def _design(self, mesh: Mapping[str, int]) -> Design | None:
-        """The design on a mesh; None where settings refuse it, or dimensions stay whole that could be divided."""
+        """The design on a mesh; None where settings refuse it, or it leaves dimensions whole or cuts through heads."""
         try:
             run, _ = designed(self._arranged(dict.fromkeys(MESH_AXES, 1) | dict(mesh), 1), self.target)
         except UserError:
             return None
-        return run if len(run.replicated) <= self.whole else None
+        return run if len(run.replicated) <= self.whole and not cut_heads(run) else None
 
     def _compiled(self, candidate: Candidate) -> Forecast | None:
         """The forecast of a candidate; None where its settings are refused, or its device's compiler finds no room."""

@@ -23,7 +23,10 @@ __all__ = ["Target", "make_target", "topology"]
 
 _MOST = 16
 """Chips along a dimension of a two-dimensional slice."""
+_FLAG = "--xla_force_host_platform_device_count"
 _CHIPS_OF_A_HOST = 4
+_NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+"""For libtpu, which would look for the TPU machine that it runs on, and complain that there is none."""
 _SMALL: dict[int, dict[int, Sequence[int]]] = {
     2: {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)},
     3: {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1)},
@@ -60,15 +63,17 @@ def make_target(kind: DeviceKind, count: int) -> Target:
     slice_of = topology(kind, count) if kind.tpu else None
     if not _has_libtpu():
         slice_of = None
-    _keep_to_cpu(count if slice_of is None else 1)
+    _keep_to_cpu(count if slice_of is None else None)
     if slice_of is None:
         found = jax.devices("cpu")
         if len(found) < count:
             raise UserError(
                 f"--devices is {count}, and jax has started with {len(found)} CPU devices to compile for; accepted: a "
-                f"plan before anything else uses jax, or XLA_FLAGS=--xla_force_host_platform_device_count={count}."
+                f"plan before anything else uses jax, or XLA_FLAGS={_FLAG}={count}."
             )
         return Target(kind, tuple(found[:count]), None)
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     small = {"chips_per_host_bounds": (1, 1, 1)} if count < _CHIPS_OF_A_HOST else {}
@@ -113,12 +118,15 @@ def _has_libtpu() -> bool:
     return found is not None and found.origin is not None
 
 
-def _keep_to_cpu(count: int) -> None:
-    """Starts jax on so many CPU devices. Where it has started already nothing changes."""
+def _keep_to_cpu(count: int | None) -> None:
+    """Starts jax on the CPU, with so many devices unless XLA_FLAGS says how many. Changes nothing where it has started.
+
+    None: as many as it would have.
+    """
+    asked = _FLAG in os.environ.get("XLA_FLAGS", "")
+    now: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
+        jax.config.update("jax_num_cpu_devices", now if count is None or asked else count)
+    except RuntimeError:  # it has started
         return
     jax.config.update("jax_platforms", "cpu")
-    # libtpu would look for the TPU machine that it runs on, and complain that there is none.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5p-8")

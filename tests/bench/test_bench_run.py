@@ -237,6 +237,7 @@ class _Arm:
         self, objective: Any, fingerprint: str = "f", coefficients: dict[str, Any] | None = None, **data: Any
     ) -> None:
         self.objective = objective
+        self.program = dataclasses.make_dataclass("Program", ["objective"])(objective)
         self.dataset = dataclasses.make_dataclass("Data", ["fingerprint"])(fingerprint)
         self.spec = RowSpec(getattr(objective, "layout", "packed"), 16)
         self.identity = {

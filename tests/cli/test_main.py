@@ -57,7 +57,7 @@ def test_help_is_given_and_exits_0(capsys: Captured, argv: list[str]) -> None:
 def test_every_command_explains_itself(capsys: Captured) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("train", "resume", "eval", "generate", "fill", "config", "schema", "objectives", "doctor"):
+    for name in ("train", "resume", "eval", "generate", "fill", "plan", "config", "schema", "objectives", "doctor"):
         assert f" {name} " in text
         assert main([name, "--help"]) == 0
 

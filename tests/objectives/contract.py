@@ -20,7 +20,7 @@ from flax import nnx
 
 from lmobj import objectives
 from lmobj.batch import Batch, Vocabulary
-from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, ModelBuilder, XLNetConfig
+from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, ModelBuilder, MoEConfig, XLNetConfig
 from lmobj.objectives import Objective
 from lmobj.train.step import Program, State
 
@@ -181,6 +181,11 @@ CASES: dict[str, Case] = {
     "causal_lm": Case(objectives.CausalLM(label_smoothing=0.1, z_loss=1e-3), {"model": DECODER}),
     "causal_lm/joined": Case(
         objectives.CausalLM(documents="joined"), {"model": DECODER}, per_document=False, variant=True
+    ),
+    "causal_lm/experts": Case(
+        objectives.Routed(objectives.CausalLM()),
+        {"model": dataclasses.replace(DECODER, moe=MoEConfig(experts=4, capacity_factor=None))},
+        packed=False,  # its terms have other weights than tokens
     ),
     "masked_lm": Case(objectives.MaskedLM(mask_rate=0.3, max_predictions=6), {"model": ENCODER}, sees_later=True),
     "masked_lm/bernoulli": Case(

@@ -54,9 +54,14 @@ SYSTEMS = ["causal_lm", "masked_lm", "permutation_lm", "replaced_token_detection
 """One of each kind of objective and model. What takes a program of its own is slow for the others, their relatives."""
 
 
+SLOW = ["causal_lm/experts"]
+"""Slow tests altogether; what is particular to them is in their own files."""
+
+
 def _param(*values: Any, slow: bool = False) -> Any:
     """A case and perhaps a value."""
-    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [], id="-".join(map(str, values)))
+    marks = [pytest.mark.slow] if slow or values[0] in SLOW else []
+    return pytest.param(*values, marks=marks, id="-".join(map(str, values)))
 
 
 def cases(names: list[str], slow: bool = False) -> pytest.MarkDecorator:
