@@ -22,7 +22,7 @@ from lmobj.train.assemble import Design, Experiment
 from lmobj.train.collectives import Collective
 from lmobj.train.devices import DeviceKind, device_kind
 from lmobj.train.flops import model_flops
-from lmobj.train.forecast import Forecast, cut_heads, designed, forecast_on, multiplied_bytes
+from lmobj.train.forecast import Forecast, NoRoomError, cut_heads, designed, forecast_on, multiplied_bytes
 from lmobj.train.plan import shard_bytes
 from lmobj.train.roofline import memory_traffic, roofline
 from lmobj.train.sharding import MESH_AXES, MeshConfig
@@ -150,13 +150,19 @@ class _Search:
                 break
             candidate, setting = min(fitting, key=lambda choice: (choice[0].seconds, choice[0].temporary))
             compiled += 1
-            forecast = self._compiled(candidate)
             setting.tried(candidate)
-            if forecast is not None:
-                scale[setting.remat] *= forecast.memory.temporary / max(candidate.temporary, 1)
+            try:
+                forecast = self.evaluate(candidate.applied(self.config), self.target)
+            except NoRoomError:  # it takes more than all that the state leaves
+                takes = self.target.kind.memory - candidate.state
+            except UserError:
+                continue
+            else:
+                takes = forecast.memory.temporary
                 if forecast.fits:
                     open_.remove(setting)
                     found.append((candidate, forecast))
+            scale[setting.remat] *= takes / max(candidate.temporary, 1)
         self.progress("compiled", most, most)
         found.sort(key=lambda pair: (pair[1].roofline.step, pair[1].roofline.communication, pair[1].memory.peak))
         tried = len(meshes) * len(self.policies)
@@ -183,13 +189,6 @@ class _Search:
         except UserError:
             return None
         return run if len(run.replicated) <= self.whole and not cut_heads(run) else None
-
-    def _compiled(self, candidate: Candidate) -> Forecast | None:
-        """The forecast of a candidate; None where its settings are refused, or its device's compiler finds no room."""
-        try:
-            return self.evaluate(candidate.applied(self.config), self.target)
-        except UserError:
-            return None
 
 
 def _policies(model: Any) -> tuple[str | None, ...]:
