@@ -140,15 +140,14 @@ class _Search:
             open_ += possible
         self.progress("meshes", len(meshes), len(meshes))
         found, compiled = [], 0
-        most = min(self.compile_most, len(open_))
         scale: dict[str | None, float] = dict.fromkeys(self.policies, 1.0)
-        while compiled < most:
-            self.progress("compiled", compiled, most)
+        while compiled < self.compile_most:
             choices = [(setting.next(scale[setting.remat]), setting) for setting in open_]
             fitting = [(candidate, setting) for candidate, setting in choices if candidate is not None]
             if not fitting:
                 break
             candidate, setting = min(fitting, key=lambda choice: (choice[0].seconds, choice[0].temporary))
+            self.progress("compiled", compiled, min(self.compile_most, compiled + len(open_)))
             compiled += 1
             setting.tried(candidate)
             try:
@@ -163,7 +162,7 @@ class _Search:
                     open_.remove(setting)
                     found.append((candidate, forecast))
             scale[setting.remat] *= takes / max(candidate.temporary, 1)
-        self.progress("compiled", most, most)
+        self.progress("compiled", compiled, compiled)
         found.sort(key=lambda pair: (pair[1].roofline.step, pair[1].roofline.communication, pair[1].memory.peak))
         tried = len(meshes) * len(self.policies)
         return SearchResult(tried, self.refused, self.too_large, compiled, tuple(found))
