@@ -148,7 +148,7 @@ def _mesh(told: Forecast) -> str:
 
 
 def _bytes(size: float) -> str:
-    unit, name = next(((unit, name) for unit, name in _UNITS if size >= unit / 100), _UNITS[-1])
+    unit, name = next(((unit, name) for unit, name in _UNITS if size >= unit / 10), _UNITS[-1])
     return f"{size / unit:9.2f} {name}"
 
 
