@@ -21,6 +21,8 @@ _FORMULA = (
     "makers' peak rates. Real steps take longer."
 )
 
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
 
 def forecast_lines(told: Forecast) -> Iterator[str]:
     """A forecast, line by line."""
@@ -67,7 +69,7 @@ def forecast_lines(told: Forecast) -> Iterator[str]:
     yield _FORMULA
     yield from told.notes
     for line in told.replicated:
-        yield f"Stays whole on every device: {line}."
+        yield f"Not divided: {line}."
     yield ""
     yield _verdict(told)
 
@@ -146,8 +148,9 @@ def _mesh(told: Forecast) -> str:
 
 
 def _bytes(size: float) -> str:
-    return f"{size / 2**30:9.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:9.2f} MiB"
+    unit, name = next(((unit, name) for unit, name in _UNITS if size >= unit / 10), _UNITS[-1])
+    return f"{size / unit:9.2f} {name}"
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e3:9,.1f} ms"
+    return f"{seconds * 1e3:9,.1f} ms" if seconds >= 1e-3 or seconds == 0 else f"{seconds * 1e6:9,.1f} us"

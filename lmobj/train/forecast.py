@@ -30,11 +30,15 @@ from lmobj.train.products import matmul_flops
 from lmobj.train.roofline import Roofline, memory_traffic, roofline
 from lmobj.train.targets import Target, make_target
 
-__all__ = ["Forecast", "Memory", "cut_heads", "designed", "forecast", "forecast_on", "multiplied_bytes"]
+__all__ = ["Forecast", "Memory", "NoRoomError", "cut_heads", "designed", "forecast", "forecast_on", "multiplied_bytes"]
 
 _UPPER_BOUND = (
     "Memory is an upper bound: compiled for CPU devices, which compute bfloat16 in float32 and have no flash attention."
 )
+
+
+class NoRoomError(UserError):
+    """A device's own compiler finds no room for the step."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ def forecast(config: Experiment, device: str, devices: int) -> Forecast:
 
     Raises:
       UserError: an unknown kind, a number of devices that the mesh, the batch or the slices do not allow, or any other
-        setting that cannot be satisfied; jax has started with fewer CPU devices; the TPU's compiler finds no room.
+        setting that cannot be satisfied; jax has started with fewer CPU devices.
+      NoRoomError: the TPU's compiler finds no room.
     """
     return forecast_on(config, make_target(device_kind(device), devices))
 
@@ -237,7 +242,7 @@ def _compile(run: Design, target: Target) -> tuple[Plan, tuple[Collective, ...]]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise UserError(_no_room(run, target.kind, str(error))) from error
+            raise NoRoomError(_no_room(run, target.kind, str(error))) from error
         return plan, collectives(plan.compiled.as_text() or "", domain=domain)
     if run.mesh.size == 1:
         return make_plan(run), ()

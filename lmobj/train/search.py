@@ -22,7 +22,7 @@ from lmobj.train.assemble import Design, Experiment
 from lmobj.train.collectives import Collective
 from lmobj.train.devices import DeviceKind, device_kind
 from lmobj.train.flops import model_flops
-from lmobj.train.forecast import Forecast, cut_heads, designed, forecast_on, multiplied_bytes
+from lmobj.train.forecast import Forecast, NoRoomError, cut_heads, designed, forecast_on, multiplied_bytes
 from lmobj.train.plan import shard_bytes
 from lmobj.train.roofline import memory_traffic, roofline
 from lmobj.train.sharding import MESH_AXES, MeshConfig
@@ -140,24 +140,29 @@ class _Search:
             open_ += possible
         self.progress("meshes", len(meshes), len(meshes))
         found, compiled = [], 0
-        most = min(self.compile_most, len(open_))
         scale: dict[str | None, float] = dict.fromkeys(self.policies, 1.0)
-        while compiled < most:
-            self.progress("compiled", compiled, most)
+        while compiled < self.compile_most:
             choices = [(setting.next(scale[setting.remat]), setting) for setting in open_]
             fitting = [(candidate, setting) for candidate, setting in choices if candidate is not None]
             if not fitting:
                 break
             candidate, setting = min(fitting, key=lambda choice: (choice[0].seconds, choice[0].temporary))
+            self.progress("compiled", compiled, min(self.compile_most, compiled + len(open_)))
             compiled += 1
-            forecast = self._compiled(candidate)
             setting.tried(candidate)
-            if forecast is not None:
-                scale[setting.remat] *= forecast.memory.temporary / max(candidate.temporary, 1)
+            try:
+                forecast = self.evaluate(candidate.applied(self.config), self.target)
+            except NoRoomError:  # it takes more than all that the state leaves
+                takes = self.target.kind.memory - candidate.state
+            except UserError:
+                continue
+            else:
+                takes = forecast.memory.temporary
                 if forecast.fits:
                     open_.remove(setting)
                     found.append((candidate, forecast))
-        self.progress("compiled", most, most)
+            scale[setting.remat] *= takes / max(candidate.temporary, 1)
+        self.progress("compiled", compiled, compiled)
         found.sort(key=lambda pair: (pair[1].roofline.step, pair[1].roofline.communication, pair[1].memory.peak))
         tried = len(meshes) * len(self.policies)
         return SearchResult(tried, self.refused, self.too_large, compiled, tuple(found))
@@ -183,13 +188,6 @@ class _Search:
         except UserError:
             return None
         return run if len(run.replicated) <= self.whole and not cut_heads(run) else None
-
-    def _compiled(self, candidate: Candidate) -> Forecast | None:
-        """The forecast of a candidate; None where its settings are refused, or its device's compiler finds no room."""
-        try:
-            return self.evaluate(candidate.applied(self.config), self.target)
-        except UserError:
-            return None
 
 
 def _policies(model: Any) -> tuple[str | None, ...]:

@@ -33,7 +33,7 @@ def test_a_forecast_is_printed(config: str, capsys: Captured) -> None:
     lines = [line.split() for line in text.splitlines()]
     names = {" ".join(line[:1]): line for line in lines if line}
     assert "on 8 x h100 (tensor 8)" in text
-    assert names["weights"][2] == names["optimizer"][2] == "MiB"
+    assert names["weights"][2] == names["optimizer"][2] == "KiB"
     assert names["step"][-3:-1] == ["bound", "by"]
     assert "estimate" in text
     assert "Memory is an upper bound" in text

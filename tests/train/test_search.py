@@ -13,7 +13,7 @@ from tiny_runs import experiment
 from lmobj import config
 from lmobj.errors import UserError
 from lmobj.train.devices import device_kind
-from lmobj.train.forecast import Forecast, Memory
+from lmobj.train.forecast import Forecast, Memory, NoRoomError
 from lmobj.train.roofline import Roofline
 from lmobj.train.search import Candidate, SearchResult, _Search, search
 from lmobj.train.sharding import MeshConfig
@@ -146,7 +146,29 @@ def test_errors_that_are_no_refusals_stop_the_search() -> None:
         raise UserError("no")
 
     result, seen = searched(tiny(heads=8), refused, 3)
-    assert (result.found, len(seen)) == ((), 3)
+    assert (result.found, result.compiled) == ((), 3)
+    assert len(set(map(settings_of, seen))) == 3, "none is tried twice"
+
+
+def test_a_policy_that_a_compiler_found_no_room_for_is_thought_larger() -> None:
+    def cramped(changed: Any, target: Target) -> Forecast:
+        if changed.model.remat == "none":
+            raise NoRoomError("no")
+        return made_up(changed, target)
+
+    def refused(changed: Any, target: Target) -> Forecast:
+        raise UserError("no")
+
+    settings = tiny(heads=8)
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, batch_size=64))
+
+    def whole_batches(evaluate: Callable[[Any, Target], Forecast]) -> int:
+        _, seen = searched(settings, evaluate, 1000)
+        return sum(changed.model.remat == "none" and changed.train.accumulate == 1 for changed in seen)
+
+    # The ten meshes keep about the same, so that one of them teaches what the others take. A refusal teaches nothing.
+    assert whole_batches(cramped) == 1
+    assert whole_batches(refused) == 10
 
 
 def test_overrides_are_what_differs_and_can_be_pasted(tmp_path: pathlib.Path) -> None:
