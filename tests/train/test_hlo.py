@@ -6,8 +6,8 @@ import pytest
 
 from lmobj.errors import UserError
 from lmobj.train.collectives import Collective, collectives
-from lmobj.train.flops import matmul_flops
 from lmobj.train.hlo import array_bytes
+from lmobj.train.products import matmul_flops
 
 _ADD = """
 %add (x: f32[], y: f32[]) -> f32[] {
