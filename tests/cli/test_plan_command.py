@@ -28,7 +28,8 @@ train: {batch_size: 16}
 
 
 def test_a_forecast_is_printed(config: str, capsys: Captured) -> None:
-    assert main(["plan", config, "train.mesh.tensor=8", "train.mesh.data=1", "--devices", "8"]) == 0
+    shared = ["train.mesh.tensor=8", "train.mesh.data=1", "model.heads=8", "model.kv_heads=2", "--devices", "8"]
+    assert main(["plan", config, *shared]) == 0
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]
     names = {" ".join(line[:1]): line for line in lines if line}
@@ -37,7 +38,7 @@ def test_a_forecast_is_printed(config: str, capsys: Captured) -> None:
     assert names["step"][-3:-1] == ["bound", "by"]
     assert "estimate" in text
     assert "Memory is an upper bound" in text
-    assert "model.heads is 2, which tensor = 8 does not divide" in text
+    assert "model.kv_heads is 2, which tensor = 8 does not divide" in text
     assert text.splitlines()[-1].startswith("Fits: 74.5")
     # Figures stand under one another, by their units.
     assert len({line.index("iB") for line in text.splitlines() if line.startswith("  ") and "iB" in line}) == 1
