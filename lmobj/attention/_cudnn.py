@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lmobj.attention._platform import platform
+from lmobj.attention._flash import platform, refuse_for_flash
 from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
-from lmobj.partition import mesh_axes
 
 __all__ = ["cudnn_attention", "refuse_for_cudnn"]
 
@@ -38,11 +37,7 @@ def refuse_for_cudnn(
             "model.attention_backend: 'cudnn' cannot give zeros to a token that sees nothing, as the first of a "
             "permutation does; use 'xla'."
         )
-    if dropout_rate > 0:
-        raise UserError(
-            f"model.attention_backend: 'cudnn' cannot drop out attention probabilities and attention dropout is "
-            f"{dropout_rate}; set it to 0, or use 'xla'."
-        )
+    refuse_for_flash("cudnn", dropout_rate)
     if soft_cap is not None:
         raise UserError(
             f"model.attention_backend: 'cudnn' cannot cap logits and the soft cap is {soft_cap}; set it to null, "
@@ -57,11 +52,6 @@ def refuse_for_cudnn(
         raise UserError(
             f"model.attention_backend: 'cudnn' needs a head width that is a multiple of 8 and at most 128, and it is "
             f"{q.shape[3]}; change the width or the number of heads, or use 'xla'."
-        )
-    if lengthwise := mesh_axes("length"):
-        raise UserError(
-            f"model.attention_backend: 'cudnn' cannot cut rows over length and the mesh axis {next(iter(lengthwise))!r}"
-            " does; set its size to 1, or use 'xla'."
         )
     if platform() not in ("gpu", "cuda"):
         raise UserError(

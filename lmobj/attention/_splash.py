@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lmobj.attention._platform import platform
+from lmobj.attention._flash import platform, refuse_for_flash
 from lmobj.compat import splash_backward, varying_axes
 from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
@@ -64,11 +64,7 @@ def refuse_for_splash(
         )
     if bias is not None:
         raise UserError("model.attention_backend: 'splash' takes no bias and the model has one; use 'xla'.")
-    if dropout_rate > 0:
-        raise UserError(
-            f"model.attention_backend: 'splash' cannot drop out attention probabilities and attention dropout is "
-            f"{dropout_rate}; set it to 0, or use 'xla'."
-        )
+    refuse_for_flash("splash", dropout_rate)
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise UserError(
             f"model.attention_backend: 'splash' computes in bfloat16 or float32 and the inputs are {q.dtype}; set "
@@ -80,11 +76,6 @@ def refuse_for_splash(
                 f"model.attention_backend: 'splash' needs rows of a multiple of {_LANES} tokens and these have "
                 f"{length}; change the length, or use 'xla'."
             )
-    if lengthwise := mesh_axes("length"):
-        raise UserError(
-            f"model.attention_backend: 'splash' cannot cut rows over length and the mesh axis "
-            f"{next(iter(lengthwise))!r} does; set its size to 1, or use 'xla'."
-        )
     if varying_axes(q, k):
         raise UserError("model.attention_backend: 'splash' cannot run inside jax.shard_map; use 'xla'.")
     if platform() != "tpu":

@@ -9,7 +9,6 @@ print(bench.markdown_table(result.header, result.rows))
 from __future__ import annotations
 
 from lmobj.bench._config import Benchmark, Budget, experiments, load, schema
-from lmobj.bench._flops import step_flops
 from lmobj.bench._labelled import Labelled, ProbeData, labelled_texts
 from lmobj.bench._plan import ArmPlan, plan_arm
 from lmobj.bench._probe import Scores, fit_and_score, majority, probe_model
@@ -17,7 +16,7 @@ from lmobj.bench._probe_config import JsonLinesProbe, Probe, SwappedWordsProbe, 
 from lmobj.bench._reading import Reading
 from lmobj.bench._results import Results, Spread, markdown_table, spread
 from lmobj.bench._run import BenchResult, run
-from lmobj.train.products import matmul_flops
+from lmobj.train.products import matmul_flops, step_flops
 
 __all__ = [
     "ArmPlan",

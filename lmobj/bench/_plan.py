@@ -11,12 +11,12 @@ from typing import Any
 import jax
 
 from lmobj.bench._config import Budget
-from lmobj.bench._flops import step_flops
 from lmobj.config import Experiment
 from lmobj.errors import UserError
 from lmobj.train import TrainConfig
 from lmobj.train.assemble import Assembly
 from lmobj.train.flops import model_flops
+from lmobj.train.products import step_flops
 
 __all__ = ["ArmPlan", "plan_arm", "steps_within"]
 

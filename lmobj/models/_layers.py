@@ -25,6 +25,7 @@ __all__ = [
     "Axes",
     "DTypeName",
     "Embedding",
+    "FeedForward",
     "Init",
     "LayerNorm",
     "Linear",
@@ -171,8 +172,22 @@ class Embedding(nnx.Module):
         return constrain(constrain_to(x, (others, (), tuple(width))), ("batch", "length", "activation_embed"))
 
 
-class MLP(nnx.Module):
-    """The feed-forward part: down(act(up(x))), or down(silu(gate(x)) * up(x)) for swiglu (Shazeer 2020, eq. 6)."""
+class FeedForward(nnx.Module):
+    """down(act(up(x))), or down(silu(gate(x)) * up(x)) for swiglu (Shazeer 2020, eq. 6), of linear maps of any kind."""
+
+    activation: Activation
+    gate: Callable[[Array], Array] | None
+    up: Callable[[Array], Array]
+    down: Callable[[Array], Array]
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        act = ACTIVATIONS[self.activation]
+        y = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(y)
+
+
+class MLP(FeedForward):
+    """The feed-forward part of a block."""
 
     def __init__(
         self,
@@ -197,11 +212,6 @@ class MLP(nnx.Module):
         self.down = Linear(
             mlp_width, width, axes=("mlp", "embed"), init=out_init, bias=bias, param_dtype=param_dtype, rngs=rngs
         )
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        act = ACTIVATIONS[self.activation]
-        y = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(y)
 
 
 def rotary_angles(

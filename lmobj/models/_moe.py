@@ -34,7 +34,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lmobj.errors import UserError
-from lmobj.models._layers import ACTIVATIONS, Activation, Axes, Init
+from lmobj.models._layers import Activation, Axes, FeedForward, Init
 from lmobj.models._routing import RouterSums
 from lmobj.partition import constrain, constrain_to, mesh_axes
 
@@ -97,7 +97,7 @@ class Places(NamedTuple):
     places: Int[Array, "B Lk"]
 
 
-class Experts(nnx.Module):
+class Experts(FeedForward):
     """E feed-forward parts side by side, of the kind of `MLP`, with kernels [E, D, F] and [E, F, D]."""
 
     def __init__(
@@ -118,11 +118,6 @@ class Experts(nnx.Module):
         self.gate = linear(width, mlp_width, axes=("embed", "mlp"), init=init) if activation == "swiglu" else None
         self.up = linear(width, mlp_width, axes=("embed", "mlp"), init=init)
         self.down = linear(mlp_width, width, axes=("mlp", "embed"), init=out_init)
-
-    def __call__(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C D"]:
-        act = ACTIVATIONS[self.activation]
-        y = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(y)
 
 
 class _Linears(nnx.Module):

@@ -6,7 +6,7 @@ Callers vmap over rows with one key per row. Nothing here knows a model or an ob
 from __future__ import annotations
 
 from lmobj.noise._dropout import dropout
-from lmobj.noise._hash import fold_index, gumbel
+from lmobj.noise._hash import fold_index, fold_places, gumbel
 from lmobj.noise._masking import (
     MaskedTokens,
     mask_tokens,
@@ -36,6 +36,7 @@ __all__ = [
     "check_permutation",
     "dropout",
     "fold_index",
+    "fold_places",
     "gumbel",
     "mask_ngrams",
     "mask_spans",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from lmobj.noise._hash import fold_index, mix
+from lmobj.noise._hash import fold_index, fold_places, mix
 
 __all__ = ["dropout"]
 
@@ -59,8 +59,4 @@ def _bits(
     address = jnp.asarray(layer).astype(jnp.uint32) * jnp.uint32(256) + jnp.uint32(site)
     state = mix(seeds ^ fold_index(jnp.uint32(0), address))
     state = state.reshape([-1 if axis == batch_axis else 1 for axis in range(len(shape))])
-    for axis, size in enumerate(shape):
-        if axis != batch_axis:
-            index = jnp.arange(size).reshape([-1 if other == axis else 1 for other in range(len(shape))])
-            state = fold_index(state, index)
-    return state
+    return fold_places(state, shape, but=batch_axis)

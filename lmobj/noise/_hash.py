@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-__all__ = ["fold_index", "gumbel"]
+__all__ = ["fold_index", "fold_places", "gumbel"]
 
 _GOLDEN = 0x9E3779B9
 """2^32 / golden ratio, odd: multiples of it spread consecutive indices over all bits before they are hashed."""
@@ -19,6 +19,26 @@ _GOLDEN = 0x9E3779B9
 def fold_index(seeds: UInt32[Array, "*shape"], index: Int[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """32 random bits, or new seeds, for each pair of a seed and an index >= 0; the two broadcast."""
     return mix(seeds ^ ((index.astype(jnp.uint32) + jnp.uint32(1)) * jnp.uint32(_GOLDEN)))
+
+
+def fold_places(
+    seeds: UInt32[Array, "*shape"], shape: tuple[int, ...], *, but: int | None = None
+) -> UInt32[Array, ...]:
+    """32 random bits for each element of an array of a shape, by its place: an index is folded in axis by axis, the
+    last innermost.
+
+    The arrays hashed before the last axis are smaller by that axis, so the cost is about one hash per element.
+
+    Args:
+      seeds: as many axes as the shape has, each of its size or of size 1.
+      shape: of the array.
+      but: an axis whose index is left out, because the seeds tell its elements apart.
+    """
+    for axis, size in enumerate(shape):
+        if axis != but:
+            index = jnp.arange(size).reshape([-1 if other == axis else 1 for other in range(len(shape))])
+            seeds = fold_index(seeds, index)
+    return seeds
 
 
 def gumbel(seeds: UInt32[Array, "*shape"], index: Int[Array, "*shape"]) -> Float[Array, "*shape"]:

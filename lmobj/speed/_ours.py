@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig
 from lmobj.train import memory
@@ -67,7 +66,7 @@ class Ours:
 
     def weights(self) -> dict[str, Any]:
         """The model's parameters on the host, in arrays that later steps leave alone."""
-        params: dict[str, Any] = jax.tree.map(_copied, self._design.gathered(self._state))
+        params: dict[str, Any] = jax.tree.map(np.array, self._design.gathered(self._state))
         return params
 
     def step(self) -> Pending:
@@ -92,7 +91,3 @@ class Ours:
         told = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in self._design.mesh.local_devices]
         known = [peak for peak in told if peak is not None]
         return max(known, default=None)
-
-
-def _copied(x: Any) -> NDArray[Any]:
-    return np.array(x)

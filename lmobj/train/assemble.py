@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from lmobj.train.sharding import (
     active,
     batch_sharding,
     check_batch,
+    check_experts,
     check_length,
     initialise,
     logical_axes,
@@ -100,6 +100,8 @@ class Design:
     """Parameters that a mesh axis did not divide and that every device therefore holds whole."""
     _init: Callable[[Any], State]
     """Of the data of a key."""
+    _key: NDArray[np.uint32]
+    """The run's key, an argument of all programs, so that runs with other seeds need no compilation."""
 
     def coefficients(self, step: Any) -> dict[str, float]:
         """Each term's coefficient at a step."""
@@ -127,11 +129,6 @@ class Design:
         device's own queue, and so would wait for the step after.
         """
         return lambda state, batch: self._run(self._jitted_train_step, state, batch, self._key)
-
-    @functools.cached_property
-    def _key(self) -> NDArray[np.uint32]:
-        """The run's key, an argument of all programs, so that runs with other seeds need no compilation."""
-        return self.program.key_data
 
     @functools.cached_property
     def _jitted_train_step(self) -> Any:
@@ -176,9 +173,8 @@ class Design:
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The training step, traced from shapes: `.compile()` it for its memory and text, and `run_compiled` it."""
-        key = self._key  # under a mesh of devices that are not there it could not be computed
         with active(self.mesh, self.rules):
-            return self._jitted_train_step.lower(self.abstract_state, {}, self.abstract_batch, key)
+            return self._jitted_train_step.lower(self.abstract_state, {}, self.abstract_batch, self._key)
 
     def run_compiled(
         self, compiled: jax.stages.Compiled, state: State, batch: Mapping[str, Any]
@@ -203,9 +199,8 @@ class Design:
 
     def fresh_carried(self, state: State) -> Any:
         """What an objective with a memory carries before any text was read."""
-        key = self._key
         with active(self.mesh, self.rules):
-            return self._jitted_fresh_carried(state, key)
+            return self._jitted_fresh_carried(state, self._key)
 
     @functools.cached_property
     def _jitted_fresh_carried(self) -> Any:
@@ -374,7 +369,9 @@ def design(
     builder = config.model if model is None else model
     mesh = _checked_mesh(settings, mesh)
     rules = make_rules(settings.sharding)
-    _check_experts(builder, mesh, rules)
+    moe: MoEConfig | None = getattr(builder, "moe", None)
+    if moe is not None:
+        check_experts(moe.experts, mesh, rules)
     rows = objective.rows(vocab, config.data.length)
     check_length(config.data.length, mesh, rules)
     if not isinstance(rows, RowSpec):
@@ -410,7 +407,7 @@ def design(
         params = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in build(seeded.key).items()}
         return seeded.init(params, settings.batch_size)
 
-    key_data = program.key_data
+    key_data = program.key_data  # before the mesh is in force, whose devices may not be there
     with active(mesh, rules):
         shapes = jax.eval_shape(init, key_data)
     if settings.stochastic_rounding:
@@ -435,6 +432,7 @@ def design(
         abstract_state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         replicated=parameters.replicated,
         _init=init,
+        _key=key_data,
     )
 
 
@@ -443,18 +441,6 @@ def _checked_mesh(settings: TrainConfig, mesh: Mesh | None = None) -> Mesh:
     mesh = make_mesh(settings.mesh) if mesh is None else mesh
     check_batch(settings.batch_size, mesh, make_rules(settings.sharding), accumulate=settings.accumulate)
     return mesh
-
-
-def _check_experts(builder: ModelBuilder, mesh: Mesh, rules: partition.Rules) -> None:
-    """Refuses experts that the mesh does not divide, which every device would have to hold whole."""
-    moe: MoEConfig | None = getattr(builder, "moe", None)
-    axes = {axis: mesh.shape[axis] for axis in rules["experts"]}
-    if moe is not None and moe.experts % math.prod(axes.values()):
-        sizes = " x ".join(f"train.mesh.{axis} {size}" for axis, size in axes.items())
-        raise UserError(
-            f"model.moe.experts is {moe.experts}, which {sizes} does not divide; accepted: a multiple of "
-            f"{math.prod(axes.values())}, or a mesh that divides it."
-        )
 
 
 def _coefficients(objective: Objective, settings: TrainConfig) -> dict[str, Callable[[Any], Any]]:

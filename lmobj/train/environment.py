@@ -19,10 +19,11 @@ import jax
 import lmobj
 from lmobj._cache import cache_root
 
-__all__ = ["Check", "doctor", "environment"]
+__all__ = ["CPU_DEVICES_FLAG", "Check", "doctor", "environment"]
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
-_FLAG = "--xla_force_host_platform_device_count"
+CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+"""XLA's flag for the number of pretended CPU devices."""
 _SUPPORTED_JAX = ((0, 10, 2), (0, 12))
 """The first jax that lmobj runs on, and the first that it does not know."""
 
@@ -108,7 +109,9 @@ def _check_devices() -> Iterator[Check]:
         if Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists():
             yield Check("gpu", "this machine has one and jax does not use it; run `pip install 'lmobj[gpu]'`", ok=None)
         if jax.device_count() == 1:
-            yield Check("several devices", f"to try a mesh on this machine: XLA_FLAGS={_FLAG}=8 lmobj train ...")
+            yield Check(
+                "several devices", f"to try a mesh on this machine: XLA_FLAGS={CPU_DEVICES_FLAG}=8 lmobj train ..."
+            )
 
 
 def _check_folder(subject: str, folder: Path) -> Check:

@@ -25,8 +25,9 @@ from lmobj.train.assemble import Design, Experiment, design
 from lmobj.train.collectives import Collective, collectives
 from lmobj.train.devices import DeviceKind, device_kind
 from lmobj.train.flops import model_flops
+from lmobj.train.memory import is_out_of_memory
 from lmobj.train.plan import Plan, make_plan, planned_vocabulary
-from lmobj.train.products import matmul_flops
+from lmobj.train.products import step_flops
 from lmobj.train.roofline import Roofline, memory_traffic, roofline
 from lmobj.train.targets import Target, make_target
 
@@ -143,7 +144,7 @@ def forecast_on(config: Experiment, target: Target) -> Forecast:
     needed = model_flops(run)
     counted = None
     try:
-        counted = matmul_flops(plan.compiled.as_text() or "") * run.mesh.size
+        counted = step_flops(run, plan.compiled.as_text() or "")
     except UserError as error:
         notes.append(f"Matrix products are not counted, and the estimate takes the model's FLOPs: {error}")
     accumulate = config.train.accumulate
@@ -200,7 +201,7 @@ def designed(config: Experiment, target: Target) -> tuple[Design, list[str]]:
 
 def cut_heads(run: Design) -> list[str]:
     """A line for each count of heads that the mesh does not divide, so that it cuts through heads."""
-    ways = math.prod(run.mesh.shape[axis] for axis in run.rules["heads"])
+    ways = sharding.ways(run.mesh, run.rules, "heads")
     counts = {name: getattr(run.config.model, name, None) for name in ("heads", "kv_heads")}
     return [
         f"model.{name} is {count}, which {' x '.join(run.rules['heads'])} = {ways} does not divide: heads are cut in "
@@ -240,7 +241,7 @@ def _compile(run: Design, target: Target) -> tuple[Plan, tuple[Collective, ...]]
             with _uncached():
                 plan = make_plan(run)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise NoRoomError(_no_room(run, target.kind, str(error))) from error
         return plan, collectives(plan.compiled.as_text() or "", domain=domain)

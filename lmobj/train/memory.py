@@ -20,6 +20,7 @@ from lmobj.errors import UserError
 from lmobj.objectives import TermKind
 from lmobj.train.assemble import Design
 from lmobj.train.plan import make_plan, shard_bytes
+from lmobj.train.sharding import ways
 
 __all__ = [
     "OutOfMemory",
@@ -193,7 +194,7 @@ def _listed(parts: dict[str, int | None]) -> str:
 def situation(run: Design) -> Situation:
     """What of a run decides which setting to change."""
     settings, shape = run.config.train, run.mesh.shape
-    shards = math.prod(shape[axis] for axis in run.rules["batch"])
+    shards = ways(run.mesh, run.rules, "batch")
     return Situation(
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,

@@ -17,9 +17,10 @@ import math
 import re
 
 from lmobj.errors import UserError
+from lmobj.train.assemble import Design
 from lmobj.train.hlo import Computation, Instruction, dimensions, numbers, sum_over
 
-__all__ = ["matmul_flops"]
+__all__ = ["matmul_flops", "step_flops"]
 
 _PRODUCTS = re.compile(r"gemm|matmul|fmha|attention|conv|dot|tpu_custom_call", re.IGNORECASE)
 """Names of library calls that hold matrix products, or may."""
@@ -37,6 +38,11 @@ def matmul_flops(hlo_text: str) -> int:
     """
     total = sum_over(hlo_text, lambda line, inside: {"flops": _own_flops(line, inside)}, what="matrix products")
     return int(total.get("flops", 0))
+
+
+def step_flops(design: Design, hlo_text: str) -> int:
+    """Operations of one training step on all devices. `hlo_text` is the program of one of them."""
+    return matmul_flops(hlo_text) * design.mesh.size
 
 
 def _own_flops(line: Instruction, inside: Computation) -> int:
@@ -63,7 +69,7 @@ def _convolution(line: Instruction, inside: Computation) -> int:
     window falls on padding or between dilated elements, which costs nothing.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
-    if labels is None or re.search(r"batch_group_count=(?!1\b)", line.attributes):
+    if labels is None or numbers(line.attributes, "batch_group_count") not in ([], [1]):
         raise UserError(
             f"the compiled step has the convolution {line.name}, whose FLOPs cannot be counted; accepted: devices on "
             "which matrix products are compiled to dot instructions or cuBLAS calls (CPU, GPU)."

@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array, BFloat16, Float32, Int, Key, UInt32
 
 from lmobj.errors import UserError
-from lmobj.noise import fold_index
+from lmobj.noise import fold_index, fold_places
 
 __all__ = ["apply_updates", "check_rounded", "in_float32", "stochastic_round", "update_seed"]
 
@@ -68,7 +68,8 @@ def apply_updates(params: Any, updates: Any, seed: UInt32[Array, ""]) -> Any:
             return jnp.asarray(p + u, p.dtype)
         address = jnp.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
         total = p.astype(jnp.float32) + u.astype(jnp.float32)
-        return stochastic_round(total, _bits(total.shape, fold_index(seed, address)))
+        own = fold_index(seed, address).reshape((1,) * total.ndim)
+        return stochastic_round(total, fold_places(own, total.shape))
 
     return jax.tree_util.tree_map_with_path(add, params, updates)
 
@@ -101,12 +102,3 @@ def check_rounded(params: Any) -> None:
 
 def _widened(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
-
-
-def _bits(shape: tuple[int, ...], seed: UInt32[Array, ""]) -> UInt32[Array, "*shape"]:
-    """32 random bits for each element, by its place alone: the indices are hashed in one axis after the other."""
-    state = seed.reshape((1,) * len(shape))
-    for axis, size in enumerate(shape):
-        index = jnp.arange(size).reshape([-1 if other == axis else 1 for other in range(len(shape))])
-        state = fold_index(state, index)
-    return jnp.broadcast_to(state, shape)

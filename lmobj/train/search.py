@@ -25,7 +25,7 @@ from lmobj.train.flops import model_flops
 from lmobj.train.forecast import Forecast, NoRoomError, cut_heads, designed, forecast_on, multiplied_bytes
 from lmobj.train.plan import shard_bytes
 from lmobj.train.roofline import memory_traffic, roofline
-from lmobj.train.sharding import MESH_AXES, MeshConfig
+from lmobj.train.sharding import MESH_AXES, MeshConfig, ways
 from lmobj.train.targets import Target, make_target
 
 __all__ = ["Candidate", "SearchResult", "search"]
@@ -220,7 +220,7 @@ class _Shapes:
         self.state = self.weights + self.optimizer + shard_bytes((state, run.abstract_batch))
         self.multiplied = multiplied_bytes(run)
         self.flops = model_flops(run)
-        batch, shards = run.config.train.batch_size, _ways(run, "batch")
+        batch, shards = run.config.train.batch_size, ways(run.mesh, run.rules, "batch")
         whole = TermKind.BATCH in run.objective.term_kinds.values()
         self.microbatches = [1] if whole else [n for n in range(1, batch + 1) if batch % (n * shards) == 0]
 
@@ -253,7 +253,7 @@ def _estimate(shapes: _Shapes, kind: DeviceKind, remat: str | None, accumulate: 
     run, weights, multiplied = shapes.run, shapes.weights, shapes.multiplied
     model, length = run.config.model, run.config.data.length
     width, layers = getattr(model, "width", 0), getattr(model, "layers", 0)
-    tokens = run.tokens_per_step // accumulate // _ways(run, "batch", "length")
+    tokens = run.tokens_per_step // accumulate // ways(run.mesh, run.rules, "batch", "length")
     kept, working = _activations(run, remat, tokens)
     temporary = int(scale * (weights + kept + working + 2 * multiplied // max(layers, 1)))
 
@@ -275,11 +275,6 @@ def _estimate(shapes: _Shapes, kind: DeviceKind, remat: str | None, accumulate: 
     return Candidate(dict(run.mesh.shape), remat, accumulate, seconds, shapes.state, temporary)
 
 
-def _ways(run: Design, *names: str) -> int:
-    """Devices that the logical axes are divided over."""
-    return math.prod(run.mesh.shape[axis] for name in names for axis in run.rules[name])
-
-
 def _activations(run: Design, remat: str | None, tokens: int) -> tuple[int, int]:
     """Bytes kept for the backward pass by all layers, and those at work in one, for `tokens` of a device.
 
@@ -295,7 +290,7 @@ def _activations(run: Design, remat: str | None, tokens: int) -> tuple[int, int]
     size = jax.numpy.dtype(getattr(model, "dtype", "float32")).itemsize
     mlp = (getattr(model, "mlp_width", None) or 4 * width) * (2 if getattr(model, "activation", "") == "swiglu" else 1)
     keys = width * (getattr(model, "kv_heads", None) or heads) // heads
-    by_heads, by_mlp = _ways(run, "heads"), _ways(run, "mlp")
+    by_heads, by_mlp = ways(run.mesh, run.rules, "heads"), ways(run.mesh, run.rules, "mlp")
     products = (width + 2 * keys) // by_heads + mlp // by_mlp + 2 * width
     rest = 4 * width + mlp // by_mlp
     logits = heads // min(by_heads, heads) * run.config.data.length * (4 + size)
@@ -319,14 +314,14 @@ def _exchanged(
     passes = 4 if remat in (None, "none", "dots") else 6
     sharing = set(run.rules["embed"])
     found = []
-    for axis, ways in run.mesh.shape.items():
-        share = (ways - 1) / ways
+    for axis, members in run.mesh.shape.items():
+        share = (members - 1) / members
         if axis in sharing:
             sent = 3 * multiplied * share
         elif axis in run.rules["batch"]:
             sent = 2 * weights * share
         elif axis in run.rules["length"]:  # keys and values go round
-            sent = (passes - 2) * getattr(model, "layers", 0) * hidden * (ways - 1)
+            sent = (passes - 2) * getattr(model, "layers", 0) * hidden * (members - 1)
         else:
             sent = passes * getattr(model, "layers", 0) * hidden * 2 * share
         across = kind.domain is not None and _span(run, axis) > kind.domain

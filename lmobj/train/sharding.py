@@ -28,6 +28,7 @@ __all__ = [
     "active",
     "batch_sharding",
     "check_batch",
+    "check_experts",
     "check_length",
     "initialise",
     "logical_axes",
@@ -36,6 +37,7 @@ __all__ = [
     "over_replicas",
     "parameter_shardings",
     "state_shardings",
+    "ways",
 ]
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,11 @@ def make_rules(overrides: Mapping[str, Sequence[str]] | None = None) -> partitio
     return table
 
 
+def ways(mesh: Mesh, rules: partition.Rules, *names: str) -> int:
+    """Devices over which arrays are cut along the logical axes `names`."""
+    return math.prod(mesh.shape[axis] for name in names for axis in rules[name])
+
+
 def check_batch(
     batch_size: int, mesh: Mesh, rules: partition.Rules, *, accumulate: int = 1, key: str = "train.batch_size"
 ) -> None:
@@ -125,10 +132,9 @@ def check_batch(
 
     `key` is what the message calls its size.
     """
-    axes = rules["batch"]
-    shards = math.prod(mesh.shape[axis] for axis in axes)
+    shards = ways(mesh, rules, "batch")
     if batch_size % (accumulate * shards):
-        parts = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
+        parts = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in rules["batch"])
         raise UserError(
             f"{key} is {batch_size}, which does not split into {accumulate} microbatches over {shards} devices "
             f"({parts}); accepted: a multiple of {accumulate * shards}."
@@ -137,13 +143,23 @@ def check_batch(
 
 def check_length(length: int, mesh: Mesh, rules: partition.Rules) -> None:
     """Refuses rows that do not split evenly over the mesh axes of their length."""
-    axes = [axis for axis in rules["length"] if mesh.shape[axis] > 1]
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-    if length % ways:
-        sizes = ", ".join(f"train.mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+    parts = ways(mesh, rules, "length")
+    if length % parts:
+        sizes = ", ".join(f"train.mesh.{a}={mesh.shape[a]}" for a in rules["length"] if mesh.shape[a] > 1)
         raise UserError(
-            f"data.length is {length}, which does not split over {ways} devices ({sizes}); accepted: a multiple of "
-            f"{ways}."
+            f"data.length is {length}, which does not split over {parts} devices ({sizes}); accepted: a multiple of "
+            f"{parts}."
+        )
+
+
+def check_experts(experts: int, mesh: Mesh, rules: partition.Rules) -> None:
+    """Refuses experts that the mesh does not divide, which every device would have to hold whole."""
+    parts = ways(mesh, rules, "experts")
+    if experts % parts:
+        sizes = " x ".join(f"train.mesh.{axis} {mesh.shape[axis]}" for axis in rules["experts"])
+        raise UserError(
+            f"model.moe.experts is {experts}, which {sizes} does not divide; accepted: a multiple of {parts}, or a "
+            "mesh that divides it."
         )
 
 
@@ -309,11 +325,11 @@ def over_replicas(shapes: T, shardings: T, mesh: Mesh) -> T:
     Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5.1: of the
     optimizer state each replica keeps, and computes, its own part.
     """
-    ways = mesh.shape["data"]
+    replicas = mesh.shape["data"]
 
     def cut(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
         local = sharding.shard_shape(shape.shape)
-        axis = max((a for a, size in enumerate(local) if size % ways == 0), key=lambda a: local[a], default=None)
+        axis = max((a for a, size in enumerate(local) if size % replicas == 0), key=lambda a: local[a], default=None)
         if axis is None:
             return sharding
         entries = [*sharding.spec, *(None,) * (len(local) - len(sharding.spec))]

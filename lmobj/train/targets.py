@@ -18,12 +18,12 @@ import jax
 
 from lmobj.errors import UserError
 from lmobj.train.devices import DeviceKind
+from lmobj.train.environment import CPU_DEVICES_FLAG
 
 __all__ = ["Target", "make_target", "topology"]
 
 _MOST = 16
 """Chips along a dimension of a two-dimensional slice."""
-_FLAG = "--xla_force_host_platform_device_count"
 _CHIPS_OF_A_HOST = 4
 _NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
 """For libtpu, which would look for the TPU machine that it runs on, and complain that there is none."""
@@ -69,7 +69,7 @@ def make_target(kind: DeviceKind, count: int) -> Target:
         if len(found) < count:
             raise UserError(
                 f"--devices is {count}, and jax has started with {len(found)} CPU devices to compile for; accepted: a "
-                f"plan before anything else uses jax, or XLA_FLAGS={_FLAG}={count}."
+                f"plan before anything else uses jax, or XLA_FLAGS={CPU_DEVICES_FLAG}={count}."
             )
         return Target(kind, tuple(found[:count]), None)
     for name, value in _NO_TPU_HERE.items():
@@ -123,7 +123,7 @@ def _keep_to_cpu(count: int | None) -> None:
 
     None: as many as it would have.
     """
-    asked = _FLAG in os.environ.get("XLA_FLAGS", "")
+    asked = CPU_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "")
     now: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_num_cpu_devices", now if count is None or asked else count)

@@ -135,7 +135,7 @@ def test_experts_over_devices() -> None:
         rows = make_batch(first_row=BATCH * step)
         batch = {name: np.asarray(rows[name], shape.dtype) for name, shape in one.abstract_batch.items()}
         alone, expected = one.train_step(alone, batch)
-        together, metrics = compiled(together, {}, run.on_devices(batch), run.program.key_data)
+        together, metrics = run.run_compiled(compiled, together, run.on_devices(batch))
         for name in ("loss", "load_balance", "router_z", "dropped", "grad_norm"):
             values = [float(total / weight) for total, weight in (metrics[name], expected[name])]
             np.testing.assert_allclose(*values, rtol=1e-10, err_msg=name)
