@@ -82,15 +82,18 @@ def test_no_device_holds_what_the_mesh_divides(path: pathlib.Path) -> None:
     made, plan = planned(path)
     assert made.replicated == ()
     ways = math.prod(made.mesh.shape[axis] for axis in ("fsdp", "tensor"))
-    whole = 4 * made.parameter_count
+    experts = [x for path, x in jax.tree.leaves_with_path(made.abstract_state.params) if "experts" in str(path)]
+    routed = sum(x.size for x in experts)
+    least = 4 * (routed / made.mesh.shape["expert"] + made.parameter_count - routed) / ways
     # Biases, norms and tables of positions may stay whole: a hundredth at these sizes.
-    assert whole / ways <= plan.parameters <= whole / ways + whole / 100
+    assert least <= plan.parameters <= least + 4 * made.parameter_count / 100
     assert plan.optimizer == pytest.approx(2 * plan.parameters, rel=1e-3), "two moments"
     # What is gathered is one parameter of one layer at a time: no stack of layers, no hidden states, no logits, and no
     # table of the vocabulary.
     layers = getattr(made.config.model, "layers", 0)
     parameters = {_bare(x.shape) for x in jax.tree.leaves(made.abstract_state.params)}
     parameters |= {_bare(x.shape[1:]) for x in jax.tree.leaves(made.abstract_state.params) if x.shape[0] == layers}
+    parameters |= {_bare((x.shape[1] // made.mesh.shape["expert"], *x.shape[2:])) for x in experts}
     stacks = {
         _bare(x.shape) for x in jax.tree.leaves(made.abstract_state.params) if x.shape[0] == layers and x.ndim > 2
     }

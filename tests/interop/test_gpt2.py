@@ -18,7 +18,7 @@ from lmobj import masks
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.interop import gpt2
-from lmobj.models import DecoderConfig
+from lmobj.models import DecoderConfig, MoEConfig
 
 CONFIG = gpt2.config_from_hf(GPT2_SETTINGS)
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
@@ -70,6 +70,7 @@ def test_config_refusals(change: dict[str, object], named: str) -> None:
     "change",
     [
         {"positions": "rotary"},
+        {"moe": MoEConfig()},
         {"norm": "rmsnorm"},
         {"activation": "swiglu"},
         {"bias": False},

@@ -20,7 +20,7 @@ from lmobj.config import Experiment
 from lmobj.data import DataConfig
 from lmobj.errors import UserError
 from lmobj.models import MoEConfig, RouterSums, recorded_routing
-from lmobj.objectives import CausalLM, Context, Routed, with_router_losses
+from lmobj.objectives import CausalLM, Context, Objective, Routed, with_router_losses
 from lmobj.train import TrainConfig
 from lmobj.train.assemble import Design, design
 from lmobj.train.sharding import MeshConfig
@@ -106,6 +106,12 @@ def test_the_balance_is_the_whole_batchs_in_microbatches() -> None:
     together = jax.tree.map(lambda *x: sum(x), *parts)
     of_all = balance(together.counts, together.probabilities, sum(tokens))
     assert abs(np.average(of_each, weights=tokens) - of_all) > 1e-4 * of_all
+
+
+def test_every_other_hook_is_the_objectives_own() -> None:
+    """One that is added to the contract and forgotten in Routed would be the default's, in silence."""
+    hooks = {name for name in vars(Objective) if not name.startswith("_")} - {"summary", "paper"}
+    assert hooks <= set(vars(Routed))
 
 
 def test_a_program_without_router_losses_is_refused() -> None:

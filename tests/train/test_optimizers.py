@@ -243,6 +243,30 @@ def test_stacked_layers_equal_separate_layers(config: Any) -> None:
 
 
 @pytest.mark.parametrize("config", EVERY, ids=lambda c: c.name)
+def test_experts_are_matrices_of_their_own(config: Any) -> None:
+    """Two layers of three experts as one array, and as six arrays: the same updates, decay of biases included."""
+    rng = np.random.default_rng(0)
+
+    def drawn() -> dict[str, Any]:
+        return {"up": {"kernel": rng.normal(size=(2, 3, 4, 5)), "bias": rng.normal(size=(2, 3, 5))}}
+
+    def apart(tree: Any) -> Any:
+        return {f"{i}{e}": jax.tree.map(lambda x, i=i, e=e: x[i, e], tree) for i in range(2) for e in range(3)}
+
+    params, grads = drawn(), [drawn() for _ in range(STEPS)]
+    config = with_rate(config, weight_decay=0.1, clip_norm=1.0)
+    names = {"up": {"kernel": ("embed", "mlp"), "bias": ("mlp",)}}
+    one = train(config, params, grads, jax.tree.map(lambda axes: ("experts", *axes), names, is_leaf=_is_names))
+    six = train(config, apart(params), [apart(g) for g in grads], dict.fromkeys(apart(params), names))
+    for name, value in flat(apart(one)).items():
+        np.testing.assert_allclose(value, flat(six)[name], rtol=1e-11, atol=1e-14, err_msg=name)
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+@pytest.mark.parametrize("config", EVERY, ids=lambda c: c.name)
 def test_biases_and_scales_never_decay(config: Any) -> None:
     params = arrays(0)
     zeros = jax.tree.map(np.zeros_like, params)
