@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lmobj._units import in_bytes
+
 if TYPE_CHECKING:
     from lmobj.train.forecast import Forecast
     from lmobj.train.search import SearchResult
@@ -20,8 +22,6 @@ _FORMULA = (
     "The step time is an estimate: the longest of the three, as if they overlapped perfectly and everything ran at the "
     "makers' peak rates. Real steps take longer."
 )
-
-_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def forecast_lines(told: Forecast) -> Iterator[str]:
@@ -41,7 +41,7 @@ def forecast_lines(told: Forecast) -> Iterator[str]:
             ("batch and other", _bytes(memory.other)),
             (
                 "peak",
-                f"{_bytes(memory.peak)}  of {_bytes(memory.available).strip()}, {memory.peak / memory.available:.0%}",
+                f"{_bytes(memory.peak)}  of {in_bytes(memory.available)}, {memory.peak / memory.available:.0%}",
             ),
         ],
     )
@@ -148,8 +148,7 @@ def _mesh(told: Forecast) -> str:
 
 
 def _bytes(size: float) -> str:
-    unit, name = next(((unit, name) for unit, name in _UNITS if size >= unit / 10), _UNITS[-1])
-    return f"{size / unit:9.2f} {name}"
+    return in_bytes(size).rjust(13)
 
 
 def _seconds(seconds: float) -> str:

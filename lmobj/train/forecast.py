@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from lmobj._units import in_bytes
 from lmobj.errors import UserError
 from lmobj.train import sharding
 from lmobj.train.assemble import Design, Experiment, design
@@ -287,6 +288,6 @@ def _no_room(run: Design, kind: DeviceKind, complaint: str) -> str:
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.abstract_state)) / run.mesh.size
     return (
         f"The training step does not fit on {run.mesh.size} x {kind.name}: the TPU's compiler needs {asked} on each, "
-        f"and the state of training alone is {state / 2**30:.2f} GiB if it is shared out evenly. What takes less: a "
+        f"and the state of training alone is {in_bytes(state)} if it is shared out evenly. What takes less: a "
         "larger train.mesh.fsdp, a larger train.accumulate, or another model.remat; --search tries them."
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from lmobj._units import in_bytes
 from lmobj.errors import UserError
 from lmobj.objectives import TermKind
 from lmobj.train.assemble import Design
@@ -57,6 +58,7 @@ class Situation:
     remat: str | None
     data: int
     fsdp: int
+    zero: bool
     devices: int
 
 
@@ -84,6 +86,11 @@ def cheapest_change(now: Situation, *, activations: int | None, held: int) -> st
         else None
     )
     fewer_activations = (accumulate, remat) if activations != 0 else ()
+    divide = (
+        "train.zero=true, which divides the optimizer state over train.mesh.data and changes no result"
+        if now.data > 1 and not now.zero
+        else None
+    )
     ways = next((n for n in range(2, now.data + 1) if now.data % n == 0), None)
     share = (
         f"train.mesh.fsdp={now.fsdp * ways} (with train.mesh.data={now.data // ways}), which shares parameters and "
@@ -91,8 +98,9 @@ def cheapest_change(now: Situation, *, activations: int | None, held: int) -> st
         if ways
         else None
     )
-    share_first = activations is not None and held > activations
-    for change in (share, *fewer_activations) if share_first else (*fewer_activations, share):
+    fewer_held = (divide, share)
+    held_first = activations is not None and held > activations
+    for change in (*fewer_held, *fewer_activations) if held_first else (*fewer_activations, *fewer_held):
         if change is not None:
             return change
     if activations != 0 and now.batch_size > now.devices:
@@ -138,8 +146,8 @@ def check_state(run: Design) -> None:
     parts = contributors(run.abstract_state, run.abstract_batch, None)
     change = cheapest_change(situation(run), activations=0, held=needed)
     raise UserError(
-        f"The state of training takes {_gib(needed)} on {'this machine' if on_cpu else f'{len(devices)} devices'}, "
-        f"which {'has' if on_cpu or len(devices) == 1 else 'have'} {_gib(room)}. The run needs, on each device: "
+        f"The state of training takes {in_bytes(needed)} on {'this machine' if on_cpu else f'{len(devices)} devices'}, "
+        f"which {'has' if on_cpu or len(devices) == 1 else 'have'} {in_bytes(room)}. The run needs, on each device: "
         f"{_listed(parts)}. The cheapest change is {change}."
     )
 
@@ -175,9 +183,9 @@ def _message(run: Design, complaint: str) -> str:
     held = sum(parts.get(name) or 0 for name in ("parameters", "gradients", "optimizer state", "moving average"))
     device = run.mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    has = f", which has {_gib(limit)}" if limit else ""
+    has = f", which has {in_bytes(limit)}" if limit else ""
     asked = re.search(r"allocat\w+ (\d+)\s?bytes", complaint)
-    more = f" XLA asked for {_gib(int(asked[1]))} at once." if asked else ""
+    more = f" XLA asked for {in_bytes(int(asked[1]))} at once." if asked else ""
     change = cheapest_change(situation(run), activations=activations, held=held)
     return (
         f"Out of memory on a {device.device_kind} device{has}. The run needs, on each device: {_listed(parts)}.{more} "
@@ -188,7 +196,7 @@ def _message(run: Design, complaint: str) -> str:
 def _listed(parts: dict[str, int | None]) -> str:
     """The largest contributors in words."""
     largest = list(parts.items())[:_LISTED]
-    return ", ".join(f"{name} {'not known' if size is None else _gib(size)}" for name, size in largest)
+    return ", ".join(f"{name} {'not known' if size is None else in_bytes(size)}" for name, size in largest)
 
 
 def situation(run: Design) -> Situation:
@@ -203,6 +211,7 @@ def situation(run: Design) -> Situation:
         remat=getattr(run.config.model, "remat", None),
         data=shape["data"],
         fsdp=shape["fsdp"],
+        zero=settings.zero,
         devices=shards,
     )
 
@@ -215,7 +224,3 @@ def _temporary(run: Design) -> int | None:
         if _MARK not in str(error):
             raise
         return None
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:,.2f} MiB"

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from lmobj._units import in_bytes
 from lmobj.batch import Vocabulary
 from lmobj.data import SentencePieceConfig, Tokenizer
 from lmobj.errors import UserError
@@ -46,7 +47,7 @@ class Plan:
 
     def __str__(self) -> str:
         parts = ("parameters", "optimizer", "other", "temporary", "total")
-        return ", ".join(f"{name} {getattr(self, name) / 2**30:.2f} GiB" for name in parts)
+        return ", ".join(f"{name} {in_bytes(getattr(self, name))}" for name in parts)
 
 
 def make_plan(design: Design, options: Mapping[str, Any] | None = None) -> Plan:

@@ -37,8 +37,8 @@ from lmobj.train.storage import FULL, Place, StoredFolder, local_path, working_c
 __all__ = ["RunFolder", "check_same_run", "differing_keys"]
 
 MAY_CHANGE = (
-    "run", "train.mesh", "train.log_every", "train.keep", "train.guard", "train.profile", "train.wandb", "data.cache",
-    "data.workers",
+    "run", "train.mesh", "train.zero", "train.log_every", "train.keep", "train.guard", "train.profile", "train.wandb",
+    "data.cache", "data.workers",
 )  # fmt: skip
 """Keys that `resume` lets differ: they change where and how fast a run goes, never what it computes; or, train.guard,
 what becomes of batches that would end it."""

@@ -64,10 +64,11 @@ def test_bytes_of_one_device_largest_first() -> None:
 # --- what to change -----------------------------------------------------------------------------------------------
 
 HERE = Situation(
-    batch_size=64, accumulate=2, rows_per_device=6, divisible=True, remat="dots", data=6, fsdp=2, devices=12
+    batch_size=64, accumulate=2, rows_per_device=6, divisible=True, remat="dots", data=6, fsdp=2, zero=True, devices=12
 )
 ACCUMULATE = "train.accumulate=4, which takes each batch in smaller parts and changes no result"
 REMAT = "model.remat=block, which computes"
+DIVIDE = "train.zero=true, which divides the optimizer state"
 SHARE = "train.mesh.fsdp=4 (with train.mesh.data=3), which shares"
 
 
@@ -85,7 +86,10 @@ SHARE = "train.mesh.fsdp=4 (with train.mesh.data=3), which shares"
         ({"rows_per_device": 1, "remat": None, "data": 1, "batch_size": 12}, 100, "a smaller model"),
         # Where parameters and optimizer state are the larger part, smaller microbatches would not help much.
         ({}, 9, SHARE),
-        ({"data": 1}, 9, ACCUMULATE),
+        ({"zero": False}, 9, DIVIDE),
+        ({"zero": False, "rows_per_device": 1, "remat": None}, 100, DIVIDE),
+        ({"zero": False}, 100, ACCUMULATE),
+        ({"zero": False, "data": 1}, 9, ACCUMULATE),
         ({"data": 9}, 9, "train.mesh.fsdp=6 (with train.mesh.data=3)"),
         ({}, 0, SHARE),
         ({"data": 1}, 0, "a smaller model"),
@@ -96,7 +100,7 @@ def test_the_cheapest_change(changes: dict[str, Any], activations: int | None, e
 
 
 def test_the_situation_of_a_run(causal: FitResult) -> None:
-    assert situation(causal.assembly) == Situation(8, 1, 1, True, "dots", data=8, fsdp=1, devices=8)
+    assert situation(causal.assembly) == Situation(8, 1, 1, True, "dots", data=8, fsdp=1, zero=False, devices=8)
 
 
 # --- a state that cannot fit --------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ def test_a_state_as_large_as_the_machine_is_not_refused(causal: FitResult, monke
     with pytest.raises(
         UserError,
         match=r"^The state of training takes 1\.21 MiB on this machine, which has 1\.21 MiB\. .*"
-        r"optimizer state 0\.10 MiB, parameters 0\.05 MiB, .* The cheapest change is train\.mesh\.fsdp=2 ",
+        r"optimizer state 0\.10 MiB, parameters 51\.75 KiB, .* The cheapest change is train\.zero=true, ",
     ):
         check_state(run)
 
@@ -169,7 +173,7 @@ def test_what_the_compiler_knows_is_told(causal: FitResult, monkeypatch: pytest.
     # 13,248 parameters of 4 bytes on each of 8 replicas, and two moments.
     assert re.fullmatch(
         r"Out of memory on a cpu device\. The run needs, on each device: activations and temporaries 5\.00 GiB, "
-        r"optimizer state 0\.10 MiB, parameters 0\.05 MiB, gradients 0\.05 MiB\. XLA asked for 3\.00 GiB at once\. "
+        r"optimizer state 0\.10 MiB, parameters 51\.75 KiB, gradients 51\.75 KiB\. XLA asked for 3\.00 GiB at once\. "
         r"The cheapest change is model\.remat=block, which .*; start a new run with it\.",
         str(caught.value),
     )

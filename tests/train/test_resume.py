@@ -242,9 +242,9 @@ def test_what_only_says_where_and_how_fast_may_change(
 ) -> None:
     run = copied(causal, tmp_path / "moved")
     before = (run / "metrics.jsonl").read_bytes()
-    changes = ["train.mesh.data=1", "train.mesh.fsdp=2", "train.keep=1", "train.log_every=3", "data.workers=1"]
-    assert main(["resume", str(run), *changes]) == 0
-    assert "on 2 cpu devices (fsdp 2)" in capsys.readouterr().out
+    changes = ["train.mesh.data=2", "train.mesh.fsdp=2", "train.zero=true", "train.keep=1", "train.log_every=3"]
+    assert main(["resume", str(run), *changes, "data.workers=1"]) == 0
+    assert "on 4 cpu devices (data 2 x fsdp 2)" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -278,8 +278,8 @@ def test_every_key_but_those_is_held_fast(causal: FitResult) -> None:
             refused.add(key)
     free = {key for key in keys(identity["config"]) if key not in refused}
     assert free == {
-        "run", *(f"train.mesh.{axis}" for axis in MESH_AXES), "train.log_every", "train.keep", "train.profile",
-        "train.guard.nonfinite", "train.guard.spike", "train.guard.threshold", "train.guard.decay",
+        "run", *(f"train.mesh.{axis}" for axis in MESH_AXES), "train.zero", "train.log_every", "train.keep",
+        "train.profile", "train.guard.nonfinite", "train.guard.spike", "train.guard.threshold", "train.guard.decay",
         "train.guard.warmup", "train.guard.dumps", "train.wandb",
         "data.cache", "data.workers",
     }  # fmt: skip
