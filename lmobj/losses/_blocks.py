@@ -55,7 +55,7 @@ class Blocks:
 
     def rows(self, b: Int[Array, ""]) -> Int[Array, " width"]:
         """Which rows block b holds."""
-        steps = jnp.arange(self.width)
+        steps = jnp.arange(self.width, dtype=jnp.int32)
         return b + steps * self.count if self.strided else self._start(b) + steps
 
     def fresh(self, b: Int[Array, ""]) -> Bool[Array, " width"]:

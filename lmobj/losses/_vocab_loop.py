@@ -306,7 +306,7 @@ def _take(plan: Plan, vocab: _Vocab, b: Array) -> _Vocab:
 def _over_blocks(plan: Plan, body: Callable[[C, Array], tuple[C, Y]], carry: C) -> tuple[C, Y]:
     """Scans `body` over the blocks; a single block needs no loop, and may change the form of its carry."""
     if plan.blocks.count > 1:
-        return jax.lax.scan(body, carry, jnp.arange(plan.blocks.count))
+        return jax.lax.scan(body, carry, jnp.arange(plan.blocks.count, dtype=jnp.int32))
     carry, y = body(carry, jnp.zeros((), jnp.int32))
     return carry, jax.tree.map(lambda x: x[None], y)
 
@@ -317,7 +317,7 @@ def _round_the_ring(plan: Plan, step: Callable[[C, M, Array], tuple[C, M]], carr
     owner [g]: the device that `moving` came from. At the end it is home again.
     """
     layout = plan.layout
-    home = jnp.arange(layout.ring_size)
+    home = jnp.arange(layout.ring_size, dtype=jnp.int32)
     if layout.ring_size == 1:
         return step(carry, moving, home)
 

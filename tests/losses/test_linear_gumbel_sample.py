@@ -155,6 +155,18 @@ def test_layouts_draw_the_same_and_gather_nothing(shape: tuple[int, int, int], r
     np.testing.assert_array_equal(compiled(arrays), on_one_device())
 
 
+@pytest.mark.parametrize("block_size", [4, CLASSES])
+def test_classes_have_32_bits_in_float64_too(block_size: int) -> None:
+    """Round the ring and over blocks, where loops must carry what they were given."""
+    mesh = jax.make_mesh((2, 4, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in make_arrays().items()}
+    for name in ("hidden", "table", "bias"):
+        shapes[name] = jax.ShapeDtypeStruct(shapes[name].shape, jnp.float64)
+    with jax.enable_x64(True), jax.set_mesh(mesh), partition.rules(BY_WIDTH):
+        sample = functools.partial(losses.linear_gumbel_sample, block_size=block_size, **SETTINGS)
+        assert jax.eval_shape(lambda arrays: sample(**arrays), shapes).dtype == jnp.int32
+
+
 def test_the_compiled_text_holds_blocks_and_no_logits() -> None:
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in make_arrays().items()}
     sample = jax.jit(lambda arrays, size: losses.linear_gumbel_sample(**arrays, block_size=size), static_argnums=1)
