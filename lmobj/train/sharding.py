@@ -135,9 +135,10 @@ def check_batch(
     shards = ways(mesh, rules, "batch")
     if batch_size % (accumulate * shards):
         parts = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in rules["batch"])
+        fewer = "" if batch_size % shards else f", or a train.accumulate that divides {batch_size // shards}"
         raise UserError(
             f"{key} is {batch_size}, which does not split into {accumulate} microbatches over {shards} devices "
-            f"({parts}); accepted: a multiple of {accumulate * shards}."
+            f"({parts}); accepted: a multiple of {accumulate * shards}{fewer}."
         )
 
 
