@@ -131,7 +131,14 @@ def test_dump_round_trips_and_pydantic_agrees(write: Write, key: str, name: str)
     """`load(dump(x)) == x` with every alternative in its place, and pydantic's own reading of it is the same."""
     files = [f"{key}.files=['*.txt', '1e-4', 'on']"]
     mixture = [f"{key}.sources={{part: {{source: {{name: stdlib}}}}}}"]
-    extras = {"text": files, "jsonl": files, "parquet": files, "tfds": [f"{key}.builder=mine"], "mixture": mixture}
+    extras = {
+        "text": files,
+        "jsonl": files,
+        "parquet": files,
+        "tsv": files,
+        "tfds": [f"{key}.builder=mine"],
+        "mixture": mixture,
+    }
     extras = extras.get(name, [])
     parent = key.rsplit(".", 1)[0]
     if key.startswith("train.optimizer."):  # a schedule: it needs an optimizer that has one

@@ -14,11 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lmobj.data._cleaning_config import CleaningConfig, LanguageFilter, NearDuplicates, SegmentationConfig, StopWords
-from lmobj.data._config import DataConfig, SentencePieceConfig
+from lmobj.data._config import DataConfig, HeldOut, SentencePieceConfig
 from lmobj.data._source_config import (
     JsonLines,
     MixtureSource,
     ParquetFiles,
+    SeparatedValues,
     SingleSource,
     Source,
     StdlibSource,
@@ -37,6 +38,7 @@ __all__ = [
     "CleaningConfig",
     "DataConfig",
     "Dataset",
+    "HeldOut",
     "HostBatch",
     "JsonLines",
     "LanguageFilter",
@@ -46,6 +48,7 @@ __all__ = [
     "Rows",
     "SegmentationConfig",
     "SentencePieceConfig",
+    "SeparatedValues",
     "SingleSource",
     "Source",
     "StdlibSource",

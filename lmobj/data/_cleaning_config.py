@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -153,6 +154,11 @@ class CleaningConfig:
             "near_duplicates": ("datasketch",),
         }
         return tuple(package for step in self.steps for package in used.get(step, ()))
+
+    @property
+    def one_by_one(self) -> CleaningConfig:
+        """What is done to each document whatever the others are."""
+        return dataclasses.replace(self, exact_duplicates=False, near_duplicates=None)
 
     @property
     def finds_duplicates(self) -> bool:

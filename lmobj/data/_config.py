@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
-from lmobj.data._source_config import Source, StdlibSource, check_choice
+from lmobj.data._source_config import MixtureSource, SingleSource, Source, StdlibSource, TfdsSource, check_choice
 from lmobj.errors import UserError
 
-__all__ = ["DataConfig", "SentencePieceConfig"]
+__all__ = ["DataConfig", "HeldOut", "SentencePieceConfig"]
 
 _DEFAULT_VOCAB_SIZE = 4096
 
@@ -50,6 +51,40 @@ class SentencePieceConfig:
         return _DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
 
 
+class Shares(NamedTuple):
+    """The shares of documents that are held out."""
+
+    validation: float
+    test: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Documents held out in files of their own, which are read as those of `data.source` are.
+
+    They are cleaned like the training text, but none is dropped as a duplicate.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    files: tuple[str, ...] | None = None
+    """Paths, glob patterns or URLs, in place of data.source.files."""
+    split: str | None = None
+    """Of a TFDS data set, the split in place of data.source.split."""
+
+    def source(self, source: Source, key: str) -> SingleSource:
+        """Where they come from. `key` names the setting in messages."""
+        if isinstance(source, MixtureSource | StdlibSource):
+            raise UserError(
+                f"{key} has documents of its own, and data.source is {source.name}; accepted: a share of the "
+                "documents, or a source that names files or a data set."
+            )
+        wanted, other = ("split", "files") if isinstance(source, TfdsSource) else ("files", "split")
+        if not getattr(self, wanted) or getattr(self, other) is not None:
+            raise UserError(f"{key}.{wanted} says what is held out from a source of {source.name}; accepted: it alone.")
+        return dataclasses.replace(source, **{wanted: getattr(self, wanted)})
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Everything that decides which tokens a run sees, except its seed and batch size."""
@@ -66,10 +101,11 @@ class DataConfig:
     """How sentences and words are found."""
     length: int = 128
     """Tokens in a row of the model's input; at least 2."""
-    validation: float = 0.05
-    """Share of the documents held out for evaluation during training, in [0, 1); chosen by hash of the text."""
-    test: float = 0.05
-    """Share of the documents held out for the end, in [0, 1); chosen by hash of the text."""
+    validation: float | HeldOut = 0.05
+    """Share of the documents held out for evaluation during training, in [0, 1); chosen by hash of the text. Or the
+    files that are."""
+    test: float | HeldOut = 0.05
+    """Share of the documents held out for the end, in [0, 1); chosen by hash of the text. Or the files that are."""
     cache: str | None = None
     """Folder for prepared data; if absent $LMOBJ_CACHE, else ~/.cache/lmobj."""
     workers: int | None = None
@@ -79,13 +115,29 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.length < 2:
             raise UserError(f"data.length is {self.length}; accepted: 2 or more tokens.")
-        for name, share in (("validation", self.validation), ("test", self.test)):
+        for name, share in self.shares._asdict().items():
             if not 0 <= share < 1:
                 raise UserError(f"data.{name} is {share}; accepted: a share of the documents in [0, 1).")
-        if self.validation + self.test >= 1:
+        if sum(self.shares) >= 1:
             raise UserError(
                 f"data.validation and data.test are {self.validation} and {self.test}; accepted: shares that leave "
                 "documents to train on, so a sum below 1."
             )
         if self.workers is not None and self.workers < 1:
             raise UserError(f"data.workers is {self.workers}; accepted: 1 or more, or absent for one per core.")
+        self.held_out  # noqa: B018 - refuses what cannot be
+
+    @property
+    def shares(self) -> Shares:
+        """Of the source's own documents."""
+        return Shares(*(0.0 if isinstance(value, HeldOut) else value for value in (self.validation, self.test)))
+
+    @property
+    def held_out(self) -> dict[str, SingleSource]:
+        """The sources of the splits that have documents of their own."""
+        given = {"validation": self.validation, "test": self.test}
+        return {
+            name: value.source(self.source, f"data.{name}")
+            for name, value in given.items()
+            if isinstance(value, HeldOut)
+        }

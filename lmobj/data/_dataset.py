@@ -17,6 +17,7 @@ from lmobj.data._epochs import Epochs
 from lmobj.data._mixture import PERIOD, InOrder, Mixture
 from lmobj.data._prepared import SPLITS, Prepared
 from lmobj.data._rows import HostBatch, Indices, Rows, RowSource
+from lmobj.data._shards import TokenStore
 from lmobj.data._stream_plan import STREAM_LAYOUTS
 from lmobj.data._tokenizer import Tokenizer
 from lmobj.errors import UserError
@@ -34,23 +35,39 @@ class Dataset:
     Args:
       folders: one prepared folder, or those of a mixture by the names of their sources, all with one tokenizer.
       weights: share of each source in the training rows, relative to the others; equal if absent.
+      held_out: prepared folders of splits that have documents of their own, which are the training split there.
 
     Sources are numbered in the order of their names. One source is a mixture of one.
     """
 
-    def __init__(self, folders: Path | Mapping[str, Path], weights: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        folders: Path | Mapping[str, Path],
+        weights: Mapping[str, float] | None = None,
+        held_out: Mapping[str, Path] | None = None,
+    ):
         named = folders if isinstance(folders, Mapping) else {"": folders}
         self._sources = {name: Prepared(named[name]) for name in sorted(named)}
         self._weights = {name: 1.0 if weights is None else float(weights[name]) for name in self._sources}
         self._first = next(iter(self._sources.values()))
+        self._held_out = {split: Prepared(folder) for split, folder in (held_out or {}).items()}
+        for split, held in self._held_out.items():
+            if unknown := sorted(set(held.classes) - set(self._first.classes)):
+                raise UserError(
+                    f"data.{split} has the label {unknown[0]!r}, which no document of data.source has; accepted: "
+                    f"{', '.join(self._first.classes) or 'documents without labels'}."
+                )
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the inputs' content, the settings and the tokenizer, and of a mixture the names and weights: equal
-        fingerprints, equal batches."""
-        if len(self._sources) == 1:
+        """Digest of the inputs' content, the settings and the tokenizer, of a mixture the names and weights, and of
+        what is held out apart: equal fingerprints, equal batches."""
+        if len(self._sources) == 1 and not self._held_out:
             return self._first.fingerprint
-        parts = [[name, self._weights[name], source.fingerprint] for name, source in self._sources.items()]
+        parts: list[list[Any]] = [
+            [name, self._weights[name], source.fingerprint] for name, source in self._sources.items()
+        ]
+        parts += [[split, held.fingerprint] for split, held in self._held_out.items()]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     @property
@@ -91,7 +108,8 @@ class Dataset:
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab.size,
             "skipped": sum(source["skipped"] for source in every),
-            "splits": {split: _added(source["splits"][split] for source in every) for split in SPLITS},
+            "splits": {split: _added(source["splits"][split] for source in every) for split in SPLITS}
+            | {split: held.summary()["splits"]["train"] for split, held in self._held_out.items()},
             "cleaning": {step: _added(source["cleaning"].get(step, {}) for source in every) for step in steps},
             "sources": sources,
         }
@@ -99,8 +117,8 @@ class Dataset:
 
     def documents(self, split: str = "train") -> Iterator[NDArray[np.int32]]:
         """Token ids of every document of a split, source after source in the stored order, without special tokens."""
-        for source in self._sources.values():
-            yield from source.store(split).documents()
+        for name in self._sources:
+            yield from self._prepared(name, split)[1].documents()
 
     def rows(self, spec: RowSpec, *, split: str = "train", seed: int = 0, batch_size: int) -> Rows:
         """Rows of a split: random access to rows and batches, and their number.
@@ -123,7 +141,7 @@ class Dataset:
                 f"RowSpec.source is {spec.source!r}; accepted: a source of the data, "
                 f"{', '.join(filter(None, self._sources)) or 'which has a single one, so null'}."
             )
-        names = [name for name in asked if len(self._sources[name].store(split).lengths) > 0]
+        names = [name for name in asked if len(self._prepared(name, split)[1].lengths) > 0]
         if not names:
             raise UserError(
                 f"the {split} split holds no documents; accepted: a larger data.{split} share, or more documents."
@@ -181,9 +199,14 @@ class Dataset:
                     f"RowSpec.fields has {name!r}, but the layout is {spec.layout!r}; accepted: the layout 'examples'."
                 )
 
+    def _prepared(self, name: str, split: str) -> tuple[Prepared, TokenStore]:
+        """Where the documents of a source's split lie: its folder, and they themselves in it."""
+        if split in self._held_out:
+            return self._held_out[split], self._held_out[split].store("train")
+        return self._sources[name], self._sources[name].store(split)
+
     def _row_source(self, name: str, spec: RowSpec, split: str, seed: int, streams: int) -> RowSource:
-        source = self._sources[name]
-        store = source.store(split)
+        source, store = self._prepared(name, split)
         if spec.two_texts and store.pair_starts is None:
             raise UserError(
                 f"the objective reads pairs of texts, and the documents of {_key(name)} are single texts; accepted: a "
@@ -201,8 +224,8 @@ class Dataset:
 
     def _labels(self, name: str, spec: RowSpec, split: str) -> NDArray | None:
         """The labels that `spec` asks for. Ids of classes are those of `classes_of` the sources that it reads."""
-        source = self._sources[name]
-        labels = source.store(split).labels
+        source, store = self._prepared(name, split)
+        labels = store.labels
         for field, dtype in LABEL_FIELDS.items():
             if field not in spec.fields:
                 continue

@@ -75,7 +75,10 @@ def prepare(config: DataConfig, *, quiet: bool = False, beam: Sequence[str] | No
         preparation = _Preparation(config, run, progress, quiet)
         tokenizer = preparation.tokenizer(list(corpora.values()))
         folders = {name: preparation.folder(corpus, tokenizer) for name, corpus in corpora.items()}
-    dataset = Dataset(folders, weights)
+        whole = dataclasses.replace(config, validation=0.0, test=0.0, clean=config.clean.one_by_one)
+        apart = _Preparation(whole, run, progress, quiet)
+        held_out = {split: apart.folder(corpus, tokenizer) for split, corpus in _held_out(config, workers).items()}
+    dataset = Dataset(folders, weights, held_out)
     _check(config, dataset)
     return dataset
 
@@ -90,6 +93,11 @@ def _open_corpora(config: DataConfig, workers: int) -> tuple[dict[str, Corpus], 
         for name, entry in sources.items()
     }
     return corpora, {name: entry.weight for name, entry in sources.items()}
+
+
+def _held_out(config: DataConfig, workers: int) -> dict[str, Corpus]:
+    """The corpora of the splits that have documents of their own."""
+    return {split: open_corpus(source, workers, f"data.{split}") for split, source in config.held_out.items()}
 
 
 def _cache_root(config: DataConfig) -> Path:
@@ -156,13 +164,13 @@ class _Preparation:
     def _text_settings(self) -> dict[str, Any]:
         """All that decides which text there is in which split, but the source."""
         config = self._config
-        return {"validation": config.validation, "test": config.test, "clean": _settings(config.clean)}
+        return {**config.shares._asdict(), "clean": _settings(config.clean)}
 
     def _selection(self, corpus: Corpus) -> Selection:
         """What is kept of a corpus. Finds its duplicates first, if they are to be dropped."""
         clean = self._config.clean
         Cleaner(clean).check()
-        selection = Selection(self._config.validation, self._config.test, clean)
+        selection = Selection(*self._config.shares, clean)
         if not clean.finds_duplicates:
             return selection
         settings = {"format": _FORMAT, "source": corpus.identity, "clean": _settings(clean)}
@@ -261,7 +269,7 @@ def _check(config: DataConfig, dataset: Dataset) -> None:
             f"{splits['train']['documents']} documents, less than one sequence; accepted: a length up to {tokens}, or "
             "more text."
         )
-    if config.validation > 0 and splits["validation"]["documents"] == 0:
+    if config.shares.validation > 0 and splits["validation"]["documents"] == 0:
         total = sum(split["documents"] for split in splits.values())
         raise UserError(
             f"data.validation is {config.validation}, but none of the {total} documents fell into that share; "

@@ -1,4 +1,4 @@
-"""Records with named columns: JSON Lines (plain, gzip or zstd), Parquet, and TFDS data sets in array_record.
+"""Records with named columns: JSON Lines and TSV (plain, gzip or zstd), Parquet, and TFDS data sets in array_record.
 
 Each reader yields (place, row) in the order of its files; what is common to them takes the documents out of the rows
 and answers rows of the wrong type. A column that the first row of a file lacks is a mistake in the settings, whatever
@@ -7,19 +7,20 @@ and answers rows of the wrong type. A column that the first row of a file lacks 
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any
 
 from lmobj.data._corpus import GROUP_BYTES, Corpus, Document, grouped, unix_lines
 from lmobj.data._inputs import InputFile, Tally, find_inputs, hash_inputs
-from lmobj.data._source_config import JsonLines, ParquetFiles, TfdsSource
+from lmobj.data._source_config import JsonLines, ParquetFiles, SeparatedValues, TfdsSource
 from lmobj.errors import UserError
 
 __all__ = ["FileRecords", "TfdsRecords", "open_records"]
@@ -29,7 +30,8 @@ _PARQUET_ROWS = 256
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 """Labels are stored as float32."""
 
-RecordSource = JsonLines | ParquetFiles | TfdsSource
+FileSource = JsonLines | ParquetFiles | SeparatedValues
+RecordSource = FileSource | TfdsSource
 
 
 def open_records(source: RecordSource, workers: int, key: str = "data.source") -> Corpus:
@@ -46,15 +48,17 @@ def open_records(source: RecordSource, workers: int, key: str = "data.source") -
 
 def _identity(source: RecordSource, inputs: list[str]) -> dict[str, object]:
     columns = {"text": source.text, "pair": source.pair, "label": source.label and [source.label, source.label_kind]}
-    named = {name: column for name, column in columns.items() if column is not None}
+    named: dict[str, object] = {name: column for name, column in columns.items() if column is not None}
+    if isinstance(source, SeparatedValues):
+        named |= {"columns": source.columns, "separator": source.separator, "quotes": source.quotes}
     return {"name": source.name, **named, "errors": source.errors, "inputs": inputs}
 
 
 @dataclass(frozen=True)
 class FileRecords:
-    """Files of JSON Lines or Parquet."""
+    """Files of JSON Lines, TSV or Parquet."""
 
-    source: JsonLines | ParquetFiles
+    source: FileSource
     key: str
     inputs: tuple[InputFile, ...]
 
@@ -63,7 +67,7 @@ class FileRecords:
         return sum(entry.size for entry in self.inputs)
 
     def documents(self, tally: Tally) -> Iterator[Document]:
-        read = _read_json_lines if isinstance(self.source, JsonLines) else _read_parquet
+        read = _READERS[type(self.source)]
         for entry in self.inputs:
             columns = _Columns(self.source, self.key, entry.name)
             yield from columns.documents(read(entry, columns, tally), tally)
@@ -104,7 +108,7 @@ class _Columns:
         """What is wrong with a row; None if nothing is."""
         if not isinstance(row, Mapping):
             return row.message if isinstance(row, _Unreadable) else f"a {_kind(row)} instead of an object"
-        for column in self.source.columns:
+        for column in self.source.read:
             if column not in row:
                 return f"no column {column!r}, only {_listed(list(row))}"
         source = self.source
@@ -156,7 +160,7 @@ def _read_json_lines(entry: InputFile, columns: _Columns, tally: Tally) -> Itera
             try:
                 yield number, json.loads(line)
             except UnicodeDecodeError as error:
-                yield number, _Unreadable(f"bytes that are not UTF-8 ({error.reason} at byte {error.start})")
+                yield number, _no_utf8(error)
             except (ValueError, RecursionError) as error:
                 yield number, _Unreadable(f"what is no JSON ({error})")
 
@@ -188,12 +192,64 @@ def _read_parquet(entry: InputFile, columns: _Columns, tally: Tally) -> Iterator
         with entry.open(tally) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             columns.check(file.schema_arrow.names)
             number = 0
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=list(columns.source.columns)):
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=list(columns.source.read)):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{columns.key}.files: {entry.name} is no readable Parquet file ({error}).") from error
+
+
+def _read_separated(entry: InputFile, columns: _Columns, tally: Tally) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, cells by the names of their columns) of each line that is not blank."""
+    source = columns.source
+    assert isinstance(source, SeparatedValues)
+    with _damage_named(columns.key, entry.name), entry.open(tally) as raw, _decompressed(entry.name, raw) as lines:
+        rows = _quoted(source, lines) if source.quotes else _unquoted(source, lines)
+        names = source.columns
+        for number, cells in rows:
+            if isinstance(cells, _Unreadable):
+                yield number, cells
+            elif names is None:
+                names = tuple(cells)
+                columns.check(list(names))
+            elif len(cells) != len(names):
+                yield number, _Unreadable(f"{len(cells)} cells instead of {len(names)}")
+            else:
+                yield number, _numbered(source, dict(zip(names, cells, strict=True)))
+
+
+def _unquoted(source: SeparatedValues, lines: IO[bytes]) -> Iterator[tuple[int, list[str] | _Unreadable]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            yield number, _no_utf8(error)
+            continue
+        if text.strip():
+            yield number, [cell.strip() for cell in text.split(source.separator)]
+
+
+def _quoted(source: SeparatedValues, lines: IO[bytes]) -> Iterator[tuple[int, list[str] | _Unreadable]]:
+    """By Python's csv; what it cannot read ends the file, since a quote that is never closed takes all that follows."""
+    text = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(lines))
+    rows = csv.reader(text, delimiter=source.separator, strict=True)
+    try:
+        for cells in rows:
+            if any(cell.strip() for cell in cells):
+                yield rows.line_num, [cell.strip() for cell in cells]
+    except UnicodeDecodeError as error:
+        yield rows.line_num + 1, _no_utf8(error)
+    except csv.Error as error:
+        yield rows.line_num, _Unreadable(f"what is no CSV ({error})")
+
+
+def _numbered(source: SeparatedValues, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its label as a number, where it should be one and is."""
+    if source.label is not None and source.label_kind == "number":
+        with suppress(ValueError):  # what is no number is told like any other row of the wrong type
+            row[source.label] = float(row[source.label])
+    return row
 
 
 def _open_tfds(source: TfdsSource, workers: int, key: str) -> Corpus:
@@ -248,9 +304,9 @@ class TfdsRecords:
         for number in range(self.start, self.stop):
             row = self._row(number)
             try:
-                yield number + 1, {column: _decoded(row[column]) for column in self.source.columns}
+                yield number + 1, {column: _decoded(row[column]) for column in self.source.read}
             except UnicodeDecodeError as error:
-                yield number + 1, _Unreadable(f"bytes that are not UTF-8 ({error.reason} at byte {error.start})")
+                yield number + 1, _no_utf8(error)
 
     def _row(self, number: int) -> Any:
         try:
@@ -270,11 +326,18 @@ def _tfds_rows(source: TfdsSource, digest: str) -> Any:
     return tfds.builder(source.builder, data_dir=source.data_dir).as_data_source(source.split)
 
 
+def _no_utf8(error: UnicodeDecodeError) -> _Unreadable:
+    return _Unreadable(f"bytes that are not UTF-8 ({error.reason} at byte {error.start})")
+
+
 def _decoded(value: Any) -> Any:
     """A value as TFDS gives it (bytes, a NumPy scalar) as Python has it."""
     if isinstance(value, bytes):
         return value.decode()
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+
+
+_READERS = {JsonLines: _read_json_lines, SeparatedValues: _read_separated, ParquetFiles: _read_parquet}
 
 
 def _pyarrow(name: str) -> Any:

@@ -12,6 +12,7 @@ __all__ = [
     "JsonLines",
     "MixtureSource",
     "ParquetFiles",
+    "SeparatedValues",
     "SingleSource",
     "Source",
     "StdlibSource",
@@ -80,7 +81,7 @@ class _Columns:
         check_choice("data.source.errors", self.errors, ("strict", "skip"))
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def read(self) -> tuple[str, ...]:
         """The columns to read, the text first, each once."""
         return tuple(dict.fromkeys(name for name in (self.text, self.pair, self.label) if name is not None))
 
@@ -114,6 +115,35 @@ class ParquetFiles(_Columns):
 
 
 @dataclass(frozen=True)
+class SeparatedValues(_Columns):
+    """Tables in text: a record on each line, its cells apart by tabs or another character, without their outer spaces.
+
+    Marks of quotation are text like any other unless `quotes` is set: GLUE's files hold single ones.
+    """
+
+    name: Literal["tsv"] = "tsv"
+    """Selects this source."""
+    files: tuple[str, ...] = ()
+    """Paths, glob patterns (`**` crosses folders) or fsspec URLs; each must match at least one file."""
+    columns: tuple[str, ...] | None = None
+    """Names of the columns, of files that do not have them in their first line; absent: they are there."""
+    separator: str = "\t"
+    """The character between two cells."""
+    quotes: bool = False
+    """Whether cells may stand in double quotes, with separators, line ends and doubled quotes inside (CSV)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_files(self.files)
+        if len(self.separator) != 1 or self.separator in '\r\n"':
+            raise UserError(
+                f"data.source.separator is {self.separator!r}; accepted: one character, a tab or a comma say."
+            )
+        if self.columns is not None and len(set(self.columns)) < max(1, len(self.columns)):
+            raise UserError(f"data.source.columns is {list(self.columns)}; accepted: one or more names, each once.")
+
+
+@dataclass(frozen=True)
 class TfdsSource(_Columns):
     """A data set that TFDS has prepared with `file_format="array_record"`; TensorFlow is not needed."""
 
@@ -132,7 +162,7 @@ class TfdsSource(_Columns):
             raise UserError("data.source.builder is empty; accepted: the name of a prepared TFDS data set.")
 
 
-SingleSource = StdlibSource | TextFiles | JsonLines | ParquetFiles | TfdsSource
+SingleSource = StdlibSource | TextFiles | JsonLines | ParquetFiles | SeparatedValues | TfdsSource
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from lmobj.data import DataConfig, JsonLines, ParquetFiles, SentencePieceConfig, TextFiles, TfdsSource, prepare
+from lmobj.data import (
+    DataConfig,
+    JsonLines,
+    ParquetFiles,
+    SentencePieceConfig,
+    SeparatedValues,
+    TextFiles,
+    TfdsSource,
+    prepare,
+)
 from lmobj.data._inputs import Tally
 from lmobj.data._records import open_records
 from lmobj.data._sources import open_corpus
@@ -71,6 +80,67 @@ def test_a_missing_column_lists_those_found_even_when_rows_are_skipped(tmp_path)
     for read, name in ((jsonl, "rows.jsonl"), (parquet, "rows.parquet")):
         with pytest.raises(UserError, match=rf"data\.source\.text is 'body', but .*{name} .*accepted: id, content"):
             read(tmp_path / name, errors="skip")
+
+
+# A byte order mark, carriage returns, a lone quote, spaces before a tab, U+2028 and a form feed inside texts.
+_TSV = '\ufefflabel\tbody\r\n1\tsaid "yes \r\n\r\n0 \t two\u2028lines\fhere\r\n'.encode()
+
+
+def tsv(path: Path, **options) -> list[tuple[str, object]]:
+    source = SeparatedValues(files=(str(path),), text="body", label="label", **options)
+    return [(document.text, document.label) for document in open_corpus(source, 2).documents()]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress)])
+def test_tab_separated_values(tmp_path, suffix, pack):
+    path = tmp_path / f"rows.tsv{suffix}"
+    path.write_bytes(pack(_TSV))
+    assert tsv(path) == [('said "yes', "1"), ("two\u2028lines\fhere", "0")]
+    assert tsv(path, label_kind="number") == [('said "yes', 1.0), ("two\u2028lines\fhere", 0.0)]
+    path.write_bytes(pack(_TSV.split(b"\r\n", 1)[1]))
+    assert tsv(path, columns=("label", "body"))[0] == ('said "yes', "1")
+    with pytest.raises(UserError, match=r"text is 'body', but .* no such column; accepted: 1, said"):
+        tsv(path)
+
+
+def test_comma_separated_values_in_quotes(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('body,label\n"a, ""b""\nc",x\nd,y\n')
+    assert tsv(path, separator=",", quotes=True) == [('a, "b"\nc', "x"), ("d", "y")]
+    path.write_text('body,label\nd,y\n"never closed,x\n')
+    with pytest.raises(UserError, match=r"row 3 of .*rows\.csv has what is no CSV"):
+        tsv(path, separator=",", quotes=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "message"),
+    [
+        (b"1", {}, "1 cells instead of 2"),
+        (b"1\tx\ty", {}, "3 cells instead of 2"),
+        (b"1\t\xff", {}, "bytes that are not UTF-8"),
+        (b"good\tx", {"label_kind": "number"}, "a str in the column 'label' instead of a number"),
+        (b"nan\tx", {"label_kind": "number"}, "nan in the column 'label' instead of a number"),
+    ],
+)
+def test_lines_of_tsv_that_are_no_rows(tmp_path, line, options, message):
+    path = tmp_path / "rows.tsv"
+    path.write_bytes(_TSV + line + b"\r\n")
+    with pytest.raises(UserError, match=rf"row 5 of .*rows\.tsv has {message}"):
+        tsv(path, **options)
+    assert len(tsv(path, errors="skip", **options)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"separator": "||"}, r"data\.source\.separator is '\|\|'; accepted: one character"),
+        ({"columns": ()}, r"data\.source\.columns is \[\]"),
+        ({"columns": ("a", "a")}, r"each once"),
+    ],
+)
+def test_tables_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        SeparatedValues(files=("x",), **options)
 
 
 _BAD_ROWS = [

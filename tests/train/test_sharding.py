@@ -97,7 +97,10 @@ def test_mesh_sizes(config: s.MeshConfig, sizes: tuple[int, ...]) -> None:
         (lambda: s.MeshConfig(fsdp=-1), "at most one axis of -1"),
         (lambda: s.make_rules({"mlp": ["tensors"]}), r"sharding\.mlp.*'tensors'"),
         (lambda: s.check_batch(12, mesh_of(2, 4, 1), RULES), r"a multiple of 8\.$"),
-        (lambda: s.check_batch(8, mesh_of(4, 1, 2), RULES, accumulate=4), "a multiple of 16, or a train.accumulate that divides 2"),
+        (
+            lambda: s.check_batch(8, mesh_of(4, 1, 2), RULES, accumulate=4),
+            "of 16, or a train.accumulate that divides 2",
+        ),
     ],
 )
 def test_refusals(make: Any, words: str) -> None:
