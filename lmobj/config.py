@@ -3,7 +3,9 @@
 A config file is YAML with the sections of `Experiment`, and optionally one line `base: other.yaml` that names a file
 it builds on. Values are found in this order, the later over the earlier:
 
-    the defaults in the dataclasses < the base file < the file < key=value overrides
+    the defaults in the dataclasses < the run of init.run < the base file < the file < key=value overrides
+
+of which the run gives its model and its tokenizer.
 
 Each section is defined beside the code that it configures; alternatives (models, objectives, optimizers, sources)
 are told apart by `name`.
@@ -25,7 +27,8 @@ from lmobj.errors import UserError
 from lmobj.models import ModelConfig
 from lmobj.objectives import ObjectiveConfig
 from lmobj.train.config import TrainConfig
-from lmobj.train.run_folder import differing_keys
+from lmobj.train.initial import Init
+from lmobj.train.run_folder import RunFolder, differing_keys
 
 __all__ = ["Experiment", "difference", "dump", "load", "schema"]
 
@@ -44,6 +47,8 @@ class Experiment:
     """What text to train on and how it becomes tokens."""
     model: ModelConfig
     """The model to train, told apart by `name`."""
+    init: Init | None = None
+    """Weights to begin with; null: fresh ones."""
     objective: ObjectiveConfig
     """The training objective, told apart by `name`."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -74,9 +79,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
       UserError: one paragraph that names the place (`file:line`), the key, its value and what is accepted.
     """
-    document = _yaml.merge(_yaml.read(path), _yaml.parse_overrides(overrides))
+    document = _inheriting(_yaml.merge(_yaml.read(path), _yaml.parse_overrides(overrides)))
     values = {"name": Path(path).stem, **document.values}
     return _settings.build(Experiment, dataclasses.replace(document, values=values), str(path))
+
+
+def _inheriting(document: _yaml.Document) -> _yaml.Document:
+    """The document over the model and the tokenizer of the run that `init.run` names, where it leaves them out."""
+    init, model, data = (document.values.get(key) for key in ("init", "model", "data"))
+    run = init.get("run") if isinstance(init, dict) else None
+    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
+    complete = isinstance(model, dict) and "name" in model and isinstance(tokenizer, dict) and "path" in tokenizer
+    if not isinstance(run, str) or not run.strip() or complete:
+        return document
+    folder = RunFolder(run)
+    try:
+        folder.check_exists()
+        earlier = _yaml.read(folder.config)
+        inherited = {"model": earlier.values["model"], "data": {"tokenizer": {"path": str(folder.fetched_tokenizer())}}}
+    except (UserError, KeyError) as error:
+        raise UserError(f"{document.origins.get('init.run', 'init.run')}: init.run is {run!r}: {error}") from None
+    return _yaml.merge(_yaml.Document(inherited), document)
 
 
 def dump(experiment: Experiment) -> str:

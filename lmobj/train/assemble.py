@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,9 @@ from lmobj.train.sharding import (
 )
 from lmobj.train.step import Program, State, StepMetrics
 
+if TYPE_CHECKING:
+    from lmobj.train.initial import Init
+
 __all__ = ["Assembly", "Design", "Experiment", "assemble", "design"]
 
 
@@ -66,6 +69,8 @@ class Experiment(Protocol):
     def model(self) -> ModelBuilder: ...
     @property
     def objective(self) -> Objective: ...
+    @property
+    def init(self) -> Init | None: ...
     @property
     def train(self) -> TrainConfig: ...
     @property
@@ -98,8 +103,8 @@ class Design:
     """Shape, dtype and sharding of every leaf of the state."""
     replicated: tuple[str, ...]
     """Parameters that a mesh axis did not divide and that every device therefore holds whole."""
-    _init: Callable[[Any], State]
-    """Of the data of a key."""
+    _init: Callable[[Any, Mapping[str, Any]], State]
+    """Of the data of a key, and of parameters that are given."""
     _key: NDArray[np.uint32]
     """The run's key, an argument of all programs, so that runs with other seeds need no compilation."""
 
@@ -112,13 +117,17 @@ class Design:
         """Trainable parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
 
-    def initial_state(self) -> State:
+    def initial_state(self, given: Mapping[str, Any] | None = None) -> State:
         """The state at step 0, made under jit so that no device ever holds a whole large parameter.
+
+        `given` are the parameters of some roles, to begin with in place of fresh ones.
 
         It is waited for: where there is no room for an array, the CPU's backend tells whoever waits for all of them,
         and leaves waiting forever who reads a single number.
         """
-        state: State = jax.block_until_ready(initialise(self._init, self.shardings, self.mesh, self.rules, self._key))
+        state: State = jax.block_until_ready(
+            initialise(self._init, self.shardings, self.mesh, self.rules, self._key, given or {})
+        )
         return state
 
     @functools.cached_property
@@ -402,14 +411,16 @@ def design(
         stochastic_rounding=settings.stochastic_rounding,
     )
 
-    def init(key: Any) -> State:
+    def init(key: Any, given: Mapping[str, Any]) -> State:
         seeded = program.with_key(key)
         params = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in build(seeded.key).items()}
+        for role, values in given.items():
+            params[role] = jax.tree.map(lambda new, x: x.astype(new.dtype), params[role], values)
         return seeded.init(params, settings.batch_size)
 
     key_data = program.key_data  # before the mesh is in force, whose devices may not be there
     with active(mesh, rules):
-        shapes = jax.eval_shape(init, key_data)
+        shapes = jax.eval_shape(init, key_data, {})
     if settings.stochastic_rounding:
         rounding.check_rounded(shapes.params)
     parameters = parameter_shardings(abstract, mesh, rules)

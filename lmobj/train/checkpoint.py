@@ -149,6 +149,14 @@ class Checkpoints:
                     return stored
         return None
 
+    def arrays(self, step: int) -> dict[str, list[Any]]:
+        """[shape, dtype] of every array in the checkpoint of `step`, by its path in the state."""
+        try:
+            found: dict[str, list[Any]] = self._manifest(self._complete().get(step, str(step)))["arrays"]
+        except _DamagedError as error:
+            raise UserError(f"The checkpoint of step {step} in {self.directory} is damaged: {error}.") from error
+        return found
+
     # --- saving ---
 
     def save(
@@ -283,7 +291,7 @@ class Checkpoints:
 
     # --- reading ---
 
-    def restore(self, abstract_state: Any, *, step: int | None = None) -> Restored:
+    def restore(self, abstract_state: Any, *, step: int | None = None, whole: bool = True) -> Restored:
         """Reads a checkpoint straight into the shardings of `abstract_state`, on whatever mesh they are.
 
         A newest checkpoint that is damaged is passed over for the one before, with a note in the log and the result.
@@ -292,6 +300,7 @@ class Checkpoints:
           abstract_state: the state's pytree, with arrays or `jax.ShapeDtypeStruct`s as leaves. A leaf without a
             sharding goes to the first local device.
           step: this checkpoint and no other; by default the newest that is whole.
+          whole: whether the checkpoint must hold nothing that `abstract_state` does not.
 
         Raises:
           UserError: there is no checkpoint, none is whole, or its arrays are not those of `abstract_state`.
@@ -314,7 +323,7 @@ class Checkpoints:
                 if fault is None:
                     if name != names[0]:
                         logger.warning("%s Using the checkpoint of step %d instead.", " ".join(notes), _step(name))
-                    return self._read(name, folder, abstract_state, notes)
+                    return self._read(name, folder, abstract_state, notes, whole=whole)
             self._damaged.add(name)
             notes.append(f"The checkpoint of step {_step(name)} in {self.directory} is damaged: {fault}.")
         raise UserError(f"{' '.join(notes)} There is no other checkpoint to use.")
@@ -342,12 +351,14 @@ class Checkpoints:
                     folder.fetch(file, pathlib.Path(copy) / file)
             yield LocalFolder(pathlib.Path(copy))
 
-    def _read(self, name: str, folder: Folder, abstract_state: Any, notes: list[str]) -> Restored:
+    def _read(self, name: str, folder: Folder, abstract_state: Any, notes: list[str], *, whole: bool) -> Restored:
         manifest, step = self._manifest(name), _step(name)
         wanted = _flatten_abstract(abstract_state)
-        _check_same_arrays(step, manifest["arrays"], {path: _signature(leaf) for path, leaf in wanted.items()})
+        there = {path: signature for path, signature in manifest["arrays"].items() if whole or path in wanted}
+        _check_same_arrays(step, there, {path: _signature(leaf) for path, leaf in wanted.items()})
         stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
-        with self._same_precision():
+        some = ocp.options.PyTreeOptions.Loading(partial_load=not whole)
+        with self._same_precision(), ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=some)):
             loaded = ocp.load(_orbax_path(folder), stored) if stored else {}
         for path, leaf in stored.items():
             if loaded[path].dtype != leaf.dtype:

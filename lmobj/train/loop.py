@@ -19,6 +19,7 @@ from lmobj.train.environment import environment
 from lmobj.train.evaluation import Evaluation, readable
 from lmobj.train.flops import model_flops
 from lmobj.train.guard import GUARD, Verdict
+from lmobj.train.initial import inherited_state
 from lmobj.train.profile import Profiler
 from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import active
@@ -92,6 +93,7 @@ def fit(
             folder.fetch()
         elif distributed.is_first():
             folder.create(run.config_yaml)
+            run.dataset.tokenizer.save(folder.tokenizer)
     with checkpoints, distributed.one_fate(), folder.in_use(), memory.explained(run):
         state, notes = _first_state(run, folder, checkpoints, resume=resume)
         if distributed.is_first():
@@ -134,17 +136,26 @@ def _first_state(
     """
     _check_shared(folder, checkpoints)
     if not resume:
-        return run.initial_state(), ()
+        return _fresh_state(run)
     if checkpoints.latest_step is None:
         with distributed.agreed("config of the run"):
             folder.check_config(run.identity["config"])
-        return run.initial_state(), ("No checkpoint yet: starting from step 0.",)
+        state, notes = _fresh_state(run)
+        return state, (*notes, "No checkpoint yet: starting from step 0.")
     with distributed.agreed("run of the checkpoint"):
         stored = checkpoints.metadata()
         if stored is not None:  # before the arrays are read: it names the setting that differs, not an array
             check_same_run(stored, run.identity)
     restored = checkpoints.restore(run.abstract_state)
     return restored.state, (*restored.notes, f"Resuming from step {restored.step}.")
+
+
+def _fresh_state(run: Assembly) -> tuple[State, tuple[str, ...]]:
+    """The state at step 0, with the weights that the config asks to begin with."""
+    if run.config.init is None:
+        return run.initial_state(), ()
+    state, note = inherited_state(run, run.config.init)
+    return state, (note,)
 
 
 def _check_shared(folder: RunFolder, checkpoints: Checkpoints) -> None:

@@ -1,6 +1,7 @@
 """The run folder: where a run keeps everything, and what makes two runs the same run.
 
 config.yaml        the resolved config
+tokenizer.model    the tokenizer that the model reads and writes
 metrics.jsonl      one JSON object a line: `step`, then names such as `train/loss`
 checkpoints/       Orbax checkpoints of the state
 tensorboard/       the same metrics as event files
@@ -75,6 +76,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def tokenizer(self) -> pathlib.Path:
+        """The SentencePiece model of the run's tokenizer."""
+        return self.path / "tokenizer.model"
+
+    @property
     def metrics(self) -> pathlib.Path:
         """The metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
@@ -142,6 +148,16 @@ class RunFolder:
         for name in self._store.sizes():
             if not name.startswith(f"{_CHECKPOINTS}/"):
                 self._store.fetch(name, self.path / name)
+
+    def fetched_tokenizer(self) -> pathlib.Path:
+        """The tokenizer's file, which is brought here from a store. Raises UserError if the run has none."""
+        name = self.tokenizer.name
+        if self._store is not None and self._store.has(name):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._store.fetch(name, self.tokenizer)
+        if not self.tokenizer.is_file():
+            raise UserError(f"{str(self)!r} has no {name}; accepted: a run that keeps one, or its data.tokenizer.path.")
+        return self.tokenizer
 
     def publish(self) -> None:
         """Sends what has changed in the working copy to the store. Only the first process does."""
