@@ -98,7 +98,7 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
     ("text", "overrides", "parts"),
     [
         ("objective: {name: causal_lm}", [], ["model is missing", "decoder, electra, encoder, gru, xlnet"]),
-        ("model: {name: gru}", [], ["objective is missing", "causal_lm, entailment, masked_lm"]),
+        ("model: {name: gru}", [], ["objective is missing", "causal_lm, classification, masked_lm"]),
         (
             _MINIMAL + "trian: {steps: 1}",
             [],

@@ -54,7 +54,8 @@ EXPECTED = {
     "masked_lm_ngram": Expected("nll", below=6.264),
     "span_boundary": Expected("nll", below=6.264),
     # Three classes, as many pairs of each.
-    "entailment": Expected("accuracy", above=0.9),
+    "classification": Expected("accuracy", above=0.9),
+    "regression": Expected("mse", below=0.15),  # a tenth of the variance, 6/4
     "mixture": Expected("lm/nll", below=6.264),
     "next_sentence": Expected("nll", below=6.264),
     "sentence_order": Expected("nll", below=6.264),

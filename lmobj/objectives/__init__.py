@@ -1,7 +1,7 @@
 """Training objectives: each a frozen dataclass of hyper-parameters that is a pure function of (models, batch, keys)."""
 
 from lmobj.objectives._causal_lm import CausalLM
-from lmobj.objectives._entailment import Entailment
+from lmobj.objectives._classification import Classification
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._mixture import Member, Mixture
@@ -21,6 +21,7 @@ from lmobj.objectives._objective import (
 )
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._registry import REGISTRY, ObjectiveConfig
+from lmobj.objectives._regression import Regression
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
@@ -30,8 +31,8 @@ from lmobj.objectives._transformer_xl import TransformerXL
 __all__ = [
     "REGISTRY",
     "CausalLM",
+    "Classification",
     "Context",
-    "Entailment",
     "Example",
     "Judge",
     "MaskedLM",
@@ -44,6 +45,7 @@ __all__ = [
     "ObjectiveConfig",
     "ObjectiveState",
     "PermutationLM",
+    "Regression",
     "ReplacedTokenDetection",
     "Role",
     "Routed",

@@ -119,11 +119,16 @@ class ObjectiveState(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Sums per term, metrics as (sum, weight), and the carried state for the next step."""
+    """Sums per term, metrics as (sum, weight), the carried state for the next step, and of tasks what the model says.
+
+    outputs: arrays with rows first, such as logits of classes, for figures that are no sums over rows and for whoever
+      wants predictions. Training does not compute what nothing else needs.
+    """
 
     sums: dict[str, Float[Array, ""]]
     metrics: dict[str, Metric]
     carried: Any = ()
+    outputs: Mapping[str, Array] = {}
 
 
 @dataclass(frozen=True)

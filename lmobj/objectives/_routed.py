@@ -176,7 +176,8 @@ class Routed(Objective):
             "dropped": (jnp.sum(sums.dropped), jnp.sum(sums.counts)),
             "expert_share_max": (jnp.mean(experts * jnp.max(share, axis=-1)) * tokens, tokens),
         }
-        return Terms({**terms.sums, _BALANCE: balance, _Z: z}, {**terms.metrics, **metrics}, terms.carried)
+        totals = {**terms.sums, _BALANCE: balance, _Z: z}
+        return terms._replace(sums=totals, metrics={**terms.metrics, **metrics})
 
     def _run(self, models: Models, example: Example, carried: Any, ctx: Context) -> tuple[Terms, RouterSums]:
         """The objective's terms, and the sums of the routers over its rows."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lmobj.objectives._causal_lm import CausalLM
-from lmobj.objectives._entailment import Entailment
+from lmobj.objectives._classification import Classification
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._permutation_lm import PermutationLM
+from lmobj.objectives._regression import Regression
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from lmobj.objectives._span_boundary import SpanBoundary
@@ -15,10 +16,11 @@ __all__ = ["SingleObjective"]
 
 SingleObjective = (
     CausalLM
-    | Entailment
+    | Classification
     | MaskedLM
     | NextSentencePrediction
     | PermutationLM
+    | Regression
     | ReplacedTokenDetection
     | SentenceOrderPrediction
     | SpanBoundary

@@ -194,8 +194,9 @@ class Design:
         return stepped
 
     @functools.cached_property
-    def eval_step(self) -> Callable[..., tuple[StepMetrics, Any]]:
-        """Of (state, batch, carried): the metrics of the batch, and what is carried to the next one of the split.
+    def eval_step(self) -> Callable[..., tuple[StepMetrics, Any, dict[str, Any]]]:
+        """Of (state, batch, carried): the metrics of the batch, what is carried to the next one of the split, and of
+        tasks the model's outputs.
 
         Before the first, `fresh_carried` gives it.
         """

@@ -59,7 +59,7 @@ class Evaluation:
         """The metrics of each batch; what the objective carries goes from one to the next."""
         carried = self.run.fresh_carried(state)
         for batch in self.run.batches(self.split, steps=batches):
-            metrics, carried = self.run.eval_step(state, batch, carried)
+            metrics, carried, _ = self.run.eval_step(state, batch, carried)
             yield metrics
 
     def baselines(self) -> dict[str, dict[str, float]]:

@@ -169,8 +169,11 @@ class Program:
         """What the objective carries before the first batch: evaluation begins with it, whatever training carries."""
         return self.objective.init(self._models(state.weights, frozen), self.key, batch_size).carried
 
-    def eval_step(self, state: State, frozen: Params, batch: Batch, carried: Any = ()) -> tuple[StepMetrics, Any]:
-        """Metrics of one batch with fixed keys and no dropout, each term (sum, weight) as well; and what is carried on.
+    def eval_step(
+        self, state: State, frozen: Params, batch: Batch, carried: Any = ()
+    ) -> tuple[StepMetrics, Any, dict[str, Array]]:
+        """Metrics of one batch with fixed keys and no dropout, each term (sum, weight) as well; what is carried on; and
+        of tasks the model's outputs, with `targets` and `weights` beside them.
 
         The weights are without a term's epsilon, which belongs to the quotient of the whole split's sums.
         """
@@ -181,7 +184,10 @@ class Program:
         terms = self.objective.terms(models, example, carried, ctx)
         weights = self.objective.weights(example)
         sums = {f"{TERM}{name}": (total, weights[name]) for name, total in terms.sums.items()}
-        return sums | terms.metrics, terms.carried
+        outputs = dict(terms.outputs)
+        if outputs:
+            outputs |= {"targets": example.targets, "weights": example.weights}
+        return sums | terms.metrics, terms.carried, outputs
 
     def _context(self, batch: Batch, state: State, update: int, train: bool) -> tuple[Array, Context]:
         noise_keys, model_keys = step_keys(self.key, row_ids_of(batch), state.step, update)

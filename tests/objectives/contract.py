@@ -128,6 +128,7 @@ def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
             batch[name][row, end:] = 0
     labels = np.random.default_rng([seed, 2]).integers(0, 2, first_row + rows)[first_row:]
     batch |= {"pair_labels": labels.astype(np.int32), "labels": labels.astype(np.int32)}
+    batch["scores"] = 1.5 * labels.astype(np.float32) - 0.5
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
@@ -261,8 +262,18 @@ CASES: dict[str, Case] = {
         packed=False,
         unused=(),
     ),
-    "entailment": Case(
-        objectives.Entailment(classes=2), {"model": ENCODER}, make=make_pairs, packed=False, unused=("['head']",)
+    "classification": Case(
+        objectives.Classification(class_weights=(1.0, 2.5), label_smoothing=0.1),
+        {"model": ENCODER},
+        make=make_pairs,
+        packed=False,
+        unused=("['head']",),
+    ),
+    "regression": Case(
+        objectives.Regression(attention="causal", pooling="mean"),
+        {"model": DECODER},
+        make=make_pairs,
+        packed=False,
     ),
 }
 

@@ -110,7 +110,7 @@ def learn(
             return state, metrics["loss"][0]
 
         def measure(carried: Any, batch: Any) -> tuple[Any, Any]:
-            metrics, carried = program.eval_step(state, frozen, batch, carried)
+            metrics, carried, _ = program.eval_step(state, frozen, batch, carried)
             return carried, metrics
 
         start = program.init(params, jax.tree.leaves(batches)[0].shape[1])

@@ -19,8 +19,8 @@ from lmobj.batch import Vocabulary
 from lmobj.models import OutputHead
 from lmobj.objectives import (
     CausalLM,
+    Classification,
     Context,
-    Entailment,
     Example,
     MaskedLM,
     NextSentencePrediction,
@@ -283,7 +283,7 @@ DEFAULTS: list[tuple[Objective, dict[str, Any]]] = [
     (CausalLM(), {"documents": "isolated", "label_smoothing": 0.0, "z_loss": 0.0, "epsilon": {}}),
     (TransformerXL(), {"label_smoothing": 0.0, "z_loss": 0.0, "epsilon": {}}),
     # Bowman et al. 2015: three classes. Devlin et al. 2019: dropout 0.1 of the pooled state.
-    (Entailment(), {"classes": 3, "dropout": 0.1, "epsilon": {}}),
+    (Classification(), {"classes": 2, "label_smoothing": 0.0, "dropout": 0.1, "epsilon": {}}),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Entailment by hand: labels, weights, what a row sees, and what is learnt."""
+"""Classification and regression by hand: labels, weights, what a row sees, and what is learnt."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ from lmobj import masks, noise
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import EncoderConfig, PairHead
-from lmobj.objectives import Context, Member, Mixture, _entailment, denominators, step_keys, total_loss
-from lmobj.objectives._entailment import Entailment
+from lmobj.objectives import (
+    Classification,
+    Context,
+    Member,
+    Mixture,
+    Regression,
+    _row_task,
+    denominators,
+    step_keys,
+    total_loss,
+)
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import ENCODER, PairTopics, learn
 
 VOCAB = Vocabulary(size=16, pad=0, eos=3, cls=4, sep=5, mask=6)
 CLASSES = 3
-OBJECTIVE = Entailment(classes=CLASSES)
+OBJECTIVE = Classification(classes=CLASSES)
 
 
 def examples() -> dict[str, Any]:
@@ -81,6 +90,53 @@ def test_the_loss_is_the_mean_over_the_rows_that_have_text() -> None:
     np.testing.assert_allclose(total_loss(terms, weights, OBJECTIVE.coefficients), z - 1, rtol=1e-6)
 
 
+def test_weights_of_classes_and_smoothing_are_those_of_pytorch() -> None:
+    # Logits 0, 1, 2 in both rows, labels 2 and 0: with z as above, -log p is z, z - 1, z - 2. Weights 1, 2, 4, and 0.3
+    # of the target spread over three classes: 0.7 w_y nll_y + 0.1 (1 z + 2 (z - 1) + 4 (z - 2)), over 4 + 1.
+    batch = examples()
+    noise_keys, ctx = context(batch)
+    objective = Classification(classes=3, class_weights=(1, 2, 4), label_smoothing=0.3)
+    example = objective.corrupt(noise_keys, batch, ctx)
+    terms = objective.terms({"model": Model(), "heads": Head()}, example, (), ctx)
+    z = math.log(1 + math.e + math.e**2)
+    expected = (0.7 * (4 * (z - 2) + z) + 2 * 0.1 * (7 * z - 10)) / 5
+    total = total_loss(terms, denominators(objective, example), objective.coefficients)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_allclose(terms.metrics["nll"], (2 * z - 2, 2), rtol=1e-6)
+    np.testing.assert_allclose(terms.outputs["logits"][:2], [[0, 1, 2]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # States count places from 1: the last of 8 and of 5 tokens, the means of 1..8 and 1..5; an empty row has none.
+        ({"pooling": "first"}, [1, 1]),
+        ({"pooling": "last"}, [8, 5]),
+        ({"pooling": "mean"}, [4.5, 3]),
+        ({"pooling": "last", "attention": "causal"}, [8, 5]),
+    ],
+)
+def test_regression_reads_the_state_that_it_is_told_to(settings: dict[str, Any], expected: list[float]) -> None:
+    batch = examples() | {"scores": jnp.asarray([2.0, 1.0, 9.0])}
+    noise_keys, ctx = context(batch)
+    objective = Regression(**settings)
+    example = objective.corrupt(noise_keys, batch, ctx)
+    model = Model()
+    terms = objective.terms({"model": model, "heads": Head()}, example, (), ctx)
+    # The head gives 0, 1, 2 times the state, of which the first, a 0, would be all that is read.
+    np.testing.assert_allclose(terms.sums["mse"], 2.0**2 + 1.0**2)
+
+    class Second(Head):
+        def classifier(self, pooled: Any) -> Any:
+            return pooled[:, :1]
+
+    terms = objective.terms({"model": model, "heads": Second()}, example, (), ctx)
+    np.testing.assert_allclose(terms.outputs["scores"][:2], expected)
+    np.testing.assert_allclose(terms.metrics["mse"], ((expected[0] - 2) ** 2 + (expected[1] - 1) ** 2, 2))
+    assert model.given["mask"].causal == ("attention" in settings)
+    assert (model.given["token_types"] is None) == ("attention" in settings)
+
+
 def test_the_pooled_state_is_dropped_in_training_alone() -> None:
     batch = examples()
 
@@ -95,7 +151,7 @@ def test_the_pooled_state_is_dropped_in_training_alone() -> None:
 
     def loss(rate: float, train: bool) -> float:
         noise_keys, ctx = context(batch, train)
-        objective = Entailment(classes=2, dropout=rate)
+        objective = Classification(classes=2, dropout=rate)
         example = objective.corrupt(noise_keys, {**batch, "labels": jnp.zeros(3, jnp.int32)}, ctx)
         return float(objective.terms({"model": Model(), "heads": Wide()}, example, (), ctx).sums["nll"])
 
@@ -136,15 +192,24 @@ def test_a_label_is_predicted_from_its_own_row_and_all_of_it() -> None:
 
 
 def test_rows_asked_for() -> None:
-    assert OBJECTIVE.rows(VOCAB, 32) == RowSpec("examples", 32, (4,), (5,), ("labels",), two_texts=True)
+    assert OBJECTIVE.rows(VOCAB, 32) == RowSpec("examples", 32, (4,), (5,), ("labels",))
     head = OBJECTIVE.build_heads(ENCODER.head_style, VOCAB, nnx.Rngs(params=0))
     assert head(jnp.zeros((2, 5, ENCODER.width))).shape == (2, CLASSES)
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    for settings, message in (({"classes": 1}, "classes is 1"), ({"dropout": 1.0}, r"dropout is 1\.0")):
+    for settings, message in (
+        ({"classes": 1}, "classes is 1"),
+        ({"dropout": 1.0}, r"dropout is 1\.0"),
+        ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0"),
+        ({"class_weights": (1.0,)}, "class_weights is .*2 finite numbers"),
+        ({"class_weights": (0.0, 0.0)}, "not all 0"),
+        ({"class_weights": (1.0, -1.0)}, "0 or more"),
+        ({"pooling": "all"}, "pooling is 'all'; accepted: first, last, mean"),
+        ({"attention": "causal"}, "first token sees nothing"),
+    ):
         with pytest.raises(UserError, match=message):
-            Entailment(**settings)
+            Classification(**settings)
     for missing, message in (({"cls": None}, r"no \[CLS\]"), ({"sep": None}, r"no \[SEP\]")):
         with pytest.raises(UserError, match=message):
             OBJECTIVE.rows(dataclasses.replace(VOCAB, **missing), 32)
@@ -155,7 +220,7 @@ def test_what_cannot_be_done_is_refused() -> None:
 
 def test_members_of_a_mixture_tell_the_classes_of_their_own_sources() -> None:
     classes = {"one": ["no", "yes"], "two": ["contradiction", "entailment", "neutral"]}
-    members = {name: Member(Entailment(classes=len(names)), source=name) for name, names in classes.items()}
+    members = {name: Member(Classification(classes=len(names)), source=name) for name, names in classes.items()}
     Mixture(members=members).check_classes(lambda source: classes[str(source)])
     with pytest.raises(UserError, match=r"objective\.members\.one\.objective\.classes is 2, but the data has 3"):
         Mixture(members=members).check_classes(lambda source: classes["two"])
@@ -165,7 +230,7 @@ def test_members_of_a_mixture_tell_the_classes_of_their_own_sources() -> None:
 def test_pairs_of_texts_are_told_apart() -> None:
     """Half of the pairs are of one topic: 1 for whoever sees both texts, and 1/2 for whoever sees one."""
     language = PairTopics(task="next_sentence")
-    metrics = learn(Entailment(classes=2), ENCODER, language.vocab, *language.batches(steps=250), lr=1e-2)
+    metrics = learn(Classification(classes=2), ENCODER, language.vocab, *language.batches(steps=250), lr=1e-2)
     assert metrics["accuracy"] > 0.95
 
 
@@ -183,9 +248,9 @@ BY_HAND = (
 )
 BY_GRADIENT = (test_a_label_is_predicted_from_its_own_row_and_all_of_it,)
 MUTANTS = [
-    (Mutant("labels reversed", Entailment, "corrupt", _labels_changed), BY_HAND),
-    (Mutant("no token types", Entailment, "corrupt", _predicts_nothing_of_b), BY_HAND),
-    (Mutant("empty rows count", _entailment, "row_weights", lambda _: lambda b: jnp.ones(len(b["tokens"]))), BY_HAND),
+    (Mutant("labels reversed", Classification, "corrupt", _labels_changed), BY_HAND),
+    (Mutant("no token types", Classification, "corrupt", _predicts_nothing_of_b), BY_HAND),
+    (Mutant("empty rows count", _row_task, "row_weights", lambda _: lambda b: jnp.ones(len(b["tokens"]))), BY_HAND),
     (Mutant("no dropout", noise, "dropout", lambda _: lambda x, *_, **__: x), BY_HAND),
     (Mutant("dropout in evaluation", Context, "dropout", lambda _: jnp.arange(3, dtype=jnp.uint32)), BY_HAND),
     (Mutant("padding is seen", masks.AttentionMask, "packed", lambda _: lambda m, *_: m), BY_GRADIENT),
