@@ -36,7 +36,7 @@ Overrides = Annotated[
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder that `lmobj train` made: a path or a URL.")]
 Split = Literal["train", "validation", "test"]
-Best = Annotated[bool, typer.Option("--best", help="The checkpoint with the least eval/loss, not the newest.")]
+Best = Annotated[bool, typer.Option("--best", help="The best checkpoint (train.best), not the newest.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 

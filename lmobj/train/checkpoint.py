@@ -357,8 +357,9 @@ class Checkpoints:
         there = {path: signature for path, signature in manifest["arrays"].items() if whole or path in wanted}
         _check_same_arrays(step, there, {path: _signature(leaf) for path, leaf in wanted.items()})
         stored = {path: leaf for path, leaf in wanted.items() if leaf.size}
-        some = ocp.options.PyTreeOptions.Loading(partial_load=not whole)
-        with self._same_precision(), ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=some)):
+        reading = ocp.Context()
+        reading.pytree.loading.partial_load = not whole
+        with self._same_precision(), reading:
             loaded = ocp.load(_orbax_path(folder), stored) if stored else {}
         for path, leaf in stored.items():
             if loaded[path].dtype != leaf.dtype:

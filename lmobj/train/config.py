@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lmobj.errors import UserError
+from lmobj.train.best import Best
 from lmobj.train.ema import EMA
 from lmobj.train.guard import Guard
 from lmobj.train.optimizers import AdamW, Optimizer
@@ -62,7 +63,9 @@ class TrainConfig:
     checkpoint_every: int | None = None
     """Steps between checkpoints; absent: only at the end. A signal always saves."""
     keep: int = 2
-    """Newest checkpoints kept, at least 1; the best by eval/loss is kept beside them."""
+    """Newest checkpoints kept, at least 1; the best is kept beside them."""
+    best: Best = field(default_factory=Best)
+    """Which checkpoint is the best, and when no better one is waited for (early stopping)."""
     profile: Profile | None = None
     """Trace a few steps for XProf into the run folder's profile/; absent: none."""
     wandb: WandB | None = None
@@ -81,6 +84,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} is {value}; accepted: 1 or more, or null for only at the end.")
+        if self.best.patience is not None and self.evaluate_every is None:
+            raise UserError(
+                f"train.best.patience is {self.best.patience} and train.evaluate_every is null, so that there is one "
+                "evaluation, at the end; accepted: a number of steps between evaluations, or no patience."
+            )
         if self.profile is not None and self.profile.steps[1] > self.steps:
             raise UserError(
                 f"train.profile.steps is {list(self.profile.steps)} and train.steps is {self.steps}; accepted: [a, b] "

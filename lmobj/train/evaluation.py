@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from lmobj.errors import UserError
 from lmobj.evaluate import Cloze, NGram, cloze_hits, unigram_top_k
 from lmobj.train.assemble import Assembly
 from lmobj.train.step import TERM, State, StepMetrics
@@ -54,6 +55,16 @@ class Evaluation:
         if self.cloze is not None and self.cloze.count:
             metrics["top5_accuracy"] = self._top5_accuracy(state, self.cloze)
         return metrics
+
+    def check_metric(self, name: str, metrics: StepMetrics) -> None:
+        """Refuses a figure that this evaluation would not give, of which `metrics` are those that are sums.
+
+        Without held-out text any name is accepted: nothing is evaluated.
+        """
+        known = [one for one in metrics if not one.startswith(TERM)]
+        known += ["loss"] + ["perplexity"] * ("nll" in metrics) + ["top5_accuracy"] * (self.cloze is not None)
+        if self.has_text and name not in known:
+            raise UserError(f"train.best.metric is {name!r}; accepted: {', '.join(sorted(set(known)))}.")
 
     def _steps(self, state: State, batches: int | None) -> Iterator[StepMetrics]:
         """The metrics of each batch; what the objective carries goes from one to the next."""

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 import jax
 
+from lmobj._yaml import read
 from lmobj.errors import UserError
 from lmobj.train import distributed
 from lmobj.train.assemble import Design
+from lmobj.train.best import Best
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.roles import HEADS
 from lmobj.train.run_folder import RunFolder
@@ -31,7 +33,7 @@ class Init:
     run: str
     """Folder of the earlier run, a path or a URL."""
     best: bool = False
-    """Take its checkpoint with the least eval/loss, not the newest."""
+    """Take its best checkpoint (its train.best), not the newest."""
 
     def __post_init__(self) -> None:
         if not self.run.strip():
@@ -49,7 +51,8 @@ def inherited_state(run: Design, init: Init) -> tuple[State, str]:
     with distributed.agreed("init.run"):
         folder = RunFolder(init.run)
         folder.check_exists()
-    with Checkpoints(folder.checkpoints, best="eval/loss") as checkpoints:
+        best = Best(**read(folder.config).values["train"].get("best", {}))
+    with Checkpoints(folder.checkpoints, best=best.name, mode=best.mode) as checkpoints:
         with distributed.agreed("checkpoint of init.run"):
             step = checkpoints.best_step if init.best else checkpoints.latest_step
             if step is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from lmobj.objectives import Objective
 from lmobj.train import distributed, memory
 from lmobj.train.assemble import Assembly, Experiment, assemble
 from lmobj.train.bad_batches import BadBatches
+from lmobj.train.best import Best, BestSoFar
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.environment import environment
 from lmobj.train.evaluation import Evaluation, readable
@@ -27,7 +29,7 @@ from lmobj.train.signals import Stopped, listen
 from lmobj.train.sinks import Sink, TensorBoard, WandBSink
 from lmobj.train.step import State, StepMetrics
 from lmobj.train.summary import check_samples, summarise
-from lmobj.train.tracking import Tracker, last_metrics
+from lmobj.train.tracking import Tracker, last_metrics, read_metrics
 
 __all__ = ["FitResult", "fit"]
 
@@ -76,7 +78,11 @@ def fit(
     with distributed.agreed("run folder"):
         folder = RunFolder(config.run_dir)
         checkpoints = Checkpoints(
-            folder.checkpoints, keep=config.train.keep, best="eval/loss", before_commit=folder.publish
+            folder.checkpoints,
+            keep=config.train.keep,
+            best=config.train.best.name,
+            mode=config.train.best.mode,
+            before_commit=folder.publish,
         )
         if resume:
             folder.check_exists()
@@ -106,6 +112,8 @@ def fit(
             if not evaluation.has_text:
                 tracker.note("data.validation is 0: no text is held out, so the run is not evaluated.")
             state = _train(run, state, evaluation, folder, checkpoints, tracker)
+            if config.train.best.restore:
+                state = _best_state(run, state, evaluation, checkpoints, tracker)
             summarise(run, state, evaluation, folder, tracker)
         metrics = distributed.share("metrics", last_metrics(folder.metrics) if distributed.is_first() else {})
     return FitResult(folder.path, state, metrics, run)
@@ -123,7 +131,8 @@ def _rehearse(run: Assembly, evaluation: Evaluation) -> None:
         next(run.batches(evaluation.split, steps=1))
     with active(run.mesh, run.rules):
         carried = run.abstract_state.objective.carried
-        jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)
+        metrics, _, _ = jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)
+    evaluation.check_metric(run.config.train.best.metric, metrics)
     check_samples(run)
 
 
@@ -211,6 +220,9 @@ def _train(
     start = int(state.step)
     unread: tuple[int, StepMetrics] | None = None
     evaluated: dict[str, float] = {}
+    best = BestSoFar(settings.best, _evaluations(folder, settings.best))
+    if best.exhausted:
+        return state
 
     def last_checkpoint() -> int | None:
         checkpoints.wait()
@@ -248,15 +260,45 @@ def _train(
                     values = evaluation(state, None if last else settings.evaluate_batches)
                 evaluated = {f"eval/{name}": value for name, value in values.items()}
                 tracker.log(step, evaluated)
+                better = best.add(evaluated.get(settings.best.name, math.nan))
             stopped = stop.after(step)  # asked once: a signal may come between any two lines
-            if last or _due(step, settings.checkpoint_every) or stopped is not None:
+            ends = last or best.exhausted
+            wanted = settings.best.saves and bool(evaluated) and better
+            if ends or wanted or _due(step, settings.checkpoint_every) or stopped is not None:
                 save(step)
             if stopped is not None:
                 checkpoints.wait()
                 tracker.note(f"Saved at step {step}. Continue with: {folder.resume_command}")
                 raise Stopped(stopped)
+            if ends and not last:
+                tracker.note(f"Stopped at step {step}: {best}.")
+                break
     checkpoints.wait()
     return state
+
+
+def _evaluations(folder: RunFolder, best: Best) -> list[float]:
+    """The figures by which the checkpoints of a run were judged until now, in order. Every process calls it."""
+
+    def read() -> list[float]:
+        return [line[best.name] for line in read_metrics(folder.metrics) if best.name in line]
+
+    values: list[float] = distributed.share("evaluations", read() if distributed.is_first() else [])
+    return values
+
+
+def _best_state(
+    run: Assembly, state: State, evaluation: Evaluation, checkpoints: Checkpoints, tracker: Tracker
+) -> State:
+    """The state of the best checkpoint, with its figures over the whole held-out split as `best/...`."""
+    step = checkpoints.best_step
+    if step is None or step == int(state.step):
+        return state
+    best: State = checkpoints.restore(run.abstract_state, step=step).state
+    values = evaluation(best)
+    tracker.log(int(state.step), {f"best/{name}": value for name, value in values.items()})
+    tracker.note(f"The best checkpoint is that of step {step}.")
+    return best
 
 
 def _batches(run: Assembly, tracker: Tracker, start: int) -> Iterator[dict[str, jax.Array]]:

@@ -104,7 +104,7 @@ def open_run(config: Experiment, *, best: bool = False, quiet: bool = False) -> 
 
     Args:
       config: the run's own config; where it runs (mesh, cache) may differ.
-      best: take the checkpoint with the least eval/loss instead of the newest.
+      best: take the best checkpoint, by `train.best`, instead of the newest.
       quiet: no progress bars.
 
     Raises:
@@ -113,7 +113,8 @@ def open_run(config: Experiment, *, best: bool = False, quiet: bool = False) -> 
     with distributed.agreed("run folder"):
         folder = RunFolder(config.run_dir)
         folder.check_exists()
-        checkpoints = Checkpoints(folder.checkpoints, keep=config.train.keep, best="eval/loss")
+        best_of = config.train.best
+        checkpoints = Checkpoints(folder.checkpoints, keep=config.train.keep, best=best_of.name, mode=best_of.mode)
     with checkpoints:
         with distributed.agreed("checkpoints"):
             if checkpoints.latest_step is None:
