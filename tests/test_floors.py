@@ -44,7 +44,7 @@ _FREE = {"", "__version__"}
 
 _HEAVY = {"flax", "optax", "orbax", "grain", "tensorflow_datasets", "sentencepiece", "array_record", "pydantic", "yaml",
           "typer", "rich", "matplotlib", "jinja2", "tensorboardX", "safetensors", "torch", "transformers",
-          "sklearn"}  # fmt: skip
+          "peft", "sklearn"}  # fmt: skip
 _FLOOR_1_MAY = {"_yaml": {"yaml"}}
 
 
