@@ -1,8 +1,9 @@
-"""Hugging Face safetensors <-> lmobj parameters, both ways, one file per family. PyTorch is not needed."""
+"""Hugging Face safetensors <-> lmobj parameters, both ways, one file per family, and one for PEFT's adapters.
+PyTorch is not needed."""
 
 from __future__ import annotations
 
-from lmobj.interop import albert, bert, electra, gpt2, roberta, xlnet
+from lmobj.interop import albert, bert, electra, gpt2, peft, roberta, xlnet
 from lmobj.interop._files import Checkpoint
 
-__all__ = ["Checkpoint", "albert", "bert", "electra", "gpt2", "roberta", "xlnet"]
+__all__ = ["Checkpoint", "albert", "bert", "electra", "gpt2", "peft", "roberta", "xlnet"]

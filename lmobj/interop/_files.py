@@ -19,7 +19,17 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.interop._names import Tensors
 
-__all__ = ["Checkpoint", "must_be", "one_of", "read_folder", "setting", "vocabulary", "write_folder"]
+__all__ = [
+    "Checkpoint",
+    "must_be",
+    "one_of",
+    "read_folder",
+    "read_json",
+    "read_tensors",
+    "setting",
+    "vocabulary",
+    "write_folder",
+]
 
 T = TypeVar("T", bool, int, float, str)
 V = TypeVar("V")
@@ -54,38 +64,56 @@ def read_folder(folder: str | os.PathLike[str], model_type: str) -> tuple[dict[s
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; accepted: one with {_CONFIG} and {_WEIGHTS}.")
-    settings = _read_json(folder / _CONFIG)
+    settings = read_json(folder / _CONFIG)
     if settings.get("model_type") != model_type:
         raise UserError(
             f"{folder / _CONFIG}: model_type is {settings.get('model_type')!r}; accepted here: {model_type!r}."
         )
     tensors: dict[str, np.ndarray] = {}
     for path in _weight_files(folder):
-        try:
-            tensors.update(safetensors.numpy.load_file(path))
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} cannot be read as safetensors: {error}.") from error
+        tensors.update(read_tensors(path))
     return settings, tensors
 
 
-def write_folder(folder: str | os.PathLike[str], settings: Mapping[str, Any], tensors: Tensors) -> None:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file.
+
+    Raises:
+      UserError: the file is missing, or not safetensors.
+    """
+    try:
+        return safetensors.numpy.load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; accepted: a folder with {path.name}.") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    tensors: Tensors,
+    *,
+    config: str = _CONFIG,
+    weights: str = _WEIGHTS,
+) -> None:
     """Writes `config.json` and `model.safetensors`, each complete or not at all, the config last.
 
     Raises:
-      UserError: the folder already holds a model.
+      UserError: the folder already holds a model, or what else has these names.
     """
     folder = Path(folder)
-    for name in (_CONFIG, _WEIGHTS, _INDEX):
+    for name in (config, weights, f"{weights}.index.json"):
         if (folder / name).exists():
             raise UserError(f"{folder / name} exists; accepted: a folder without a model in it.")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{_WEIGHTS}.partial"
+    partial = folder / f"{weights}.partial"
     # Transformers refuses a file whose metadata do not say for which framework the names are.
     safetensors.numpy.save_file(dict(tensors), partial, metadata={"format": "pt"})
-    partial.replace(folder / _WEIGHTS)
-    partial = folder / f"{_CONFIG}.partial"
+    partial.replace(folder / weights)
+    partial = folder / f"{config}.partial"
     partial.write_text(json.dumps(dict(settings), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(folder / _CONFIG)
+    partial.replace(folder / config)
 
 
 def setting(settings: Mapping[str, Any], key: str, default: T) -> T:
@@ -143,7 +171,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if (folder / _INDEX).is_file():
-        shards = _read_json(folder / _INDEX).get("weight_map")
+        shards = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise UserError(f"{folder / _INDEX}: weight_map is missing or malformed; accepted: tensor -> file name.")
         paths = []
@@ -160,7 +188,12 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      UserError: the file is missing or malformed.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

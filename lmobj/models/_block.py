@@ -164,11 +164,12 @@ class Attention(nnx.Module):
             cache = cache.write(layer, call.positions, k, v)
             k, v = cache.read(layer)
             backend = "xla"  # kernels work on blocks of queries, and here are one or a few
+        k, v, mask = self.seen(k, v, call.mask)
         y = attention(
             q,
             k,
             v,
-            call.mask,
+            mask,
             backend=backend,
             soft_cap=spec.attention_soft_cap,
             dropout_rate=spec.attention_dropout,
@@ -176,6 +177,12 @@ class Attention(nnx.Module):
             layer=layer,
         )
         return self.out(y.reshape(x.shape)), cache
+
+    def seen(
+        self, k: Float[Array, "B S G Dh"], v: Float[Array, "B S G Dh"], mask: AttentionMask
+    ) -> tuple[Float[Array, "B K G Dh"], Float[Array, "B K G Dh"], AttentionMask]:
+        """What the queries are held against: keys and values as they are. Adapters put their own before them."""
+        return k, v, mask
 
 
 class Block(nnx.Module):
@@ -235,6 +242,8 @@ class Stack(nnx.Module):
             return Block(spec, init=init, out_init=out_init, rngs=nnx.Rngs(params=key))
 
         self.spec = spec
+        self.first = 0
+        """Index of its first layer, where a stack is the upper part of another."""
         self.blocks = nnx.vmap(block)(jax.random.split(rngs.params(), 1 if spec.share_layers else spec.layers))
 
     def __call__(self, x: Float[Array, "B L D"], call: Call) -> Float[Array, "B L D"]:
@@ -275,7 +284,7 @@ class Stack(nnx.Module):
     def _layers(self) -> tuple[Callable[[Any], tuple[Any, Int[Array, ""]]], Any]:
         """What a scan runs over, and the function that makes (block, its index) of one element of it."""
         graphdef, states = nnx.split(self.blocks)
-        indices = jnp.arange(self.spec.layers)
+        indices = self.first + jnp.arange(self.spec.layers)
         if not self.spec.share_layers:
             return lambda layer: (nnx.merge(graphdef, layer[0]), layer[1]), (states, indices)
         shared = jax.tree.map(lambda x: x[0], states)
