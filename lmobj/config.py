@@ -22,6 +22,7 @@ import pydantic
 from pydantic.json_schema import GenerateJsonSchema
 
 from lmobj import _settings, _yaml
+from lmobj.adapt import AdapterConfig
 from lmobj.data import DataConfig
 from lmobj.errors import UserError
 from lmobj.models import ModelConfig
@@ -49,6 +50,8 @@ class Experiment:
     """The model to train, told apart by `name`."""
     init: Init | None = None
     """Weights to begin with; null: fresh ones."""
+    adapter: AdapterConfig | None = None
+    """Train few parameters beside the model's, or some of them; null: all of them."""
     objective: ObjectiveConfig
     """The training objective, told apart by `name`."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -105,7 +105,7 @@ def _check_probes(benchmark: Benchmark, arms: Mapping[str, Assembly], texts: Pro
         return
     for arm, parts in arms.items():
         with _named(f"arm {arm}"):
-            model = nnx.merge(parts.program.graphs["model"], parts.abstract_state.params["model"])
+            model = nnx.merge(parts.program.graphs["model"], parts.abstract_params["model"])
             check_probe(benchmark.probe, texts, model, Reading.of(parts))
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
-from lmobj import partition
+from lmobj import adapt, partition
 from lmobj._yaml import to_yaml
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.data import DataConfig, Dataset, prepare
@@ -72,6 +72,8 @@ class Experiment(Protocol):
     @property
     def init(self) -> Init | None: ...
     @property
+    def adapter(self) -> adapt.AdapterConfig | None: ...
+    @property
     def train(self) -> TrainConfig: ...
     @property
     def sample(self) -> tuple[str, ...]: ...
@@ -103,10 +105,17 @@ class Design:
     """Shape, dtype and sharding of every leaf of the state."""
     replicated: tuple[str, ...]
     """Parameters that a mesh axis did not divide and that every device therefore holds whole."""
+    abstract_base: Mapping[str, Any]
+    """Shape, dtype and sharding of the parameters by role as they are before adapters are put in."""
     _init: Callable[[Any, Mapping[str, Any]], State]
     """Of the data of a key, and of parameters that are given."""
     _key: NDArray[np.uint32]
     """The run's key, an argument of all programs, so that runs with other seeds need no compilation."""
+
+    @property
+    def abstract_params(self) -> dict[str, Any]:
+        """Shape, dtype and sharding of every parameter by role, trained or frozen."""
+        return self.abstract_state.whole(self.abstract_state.params)
 
     def coefficients(self, step: Any) -> dict[str, float]:
         """Each term's coefficient at a step."""
@@ -273,11 +282,19 @@ class Assembly(Design):
         sizes = " + ".join(map(str, self.batch_sizes.values()))
         axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         return (
-            f"{type(self.objective).__name__}, {self.parameter_count:,} parameters; {data['documents']:,} documents, "
+            f"{type(self.objective).__name__}, {self._parameters}; {data['documents']:,} documents, "
             f"{data['tokens']:,} tokens; batches of {sizes} x {self.config.data.length} on "
             f"{self.mesh.size} {jax.devices()[0].device_kind} device{'s' * (self.mesh.size > 1)}"
             f"{f' ({axes})' if axes else ''}{f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''}"
         )
+
+    @property
+    def _parameters(self) -> str:
+        """How many parameters there are, and of how many how many are trained."""
+        every = sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
+        if every == self.parameter_count:
+            return f"{every:,} parameters"
+        return f"{self.parameter_count:,} of {every:,} parameters trained"
 
     def batches(self, split: str, *, start: int = 0, steps: int | None = None, whole: bool = False) -> Iterator[Any]:
         """Batches of a split from step `start`; on the training split in this run's order, else each row once.
@@ -389,14 +406,18 @@ def design(
             share = f"objective.members.{name}'s share of train.batch_size"
             check_batch(size, mesh, rules, accumulate=settings.accumulate, key=share)
     roles = built_roles(objective)
+    if isinstance(config.adapter, adapt.AdaLoRA):
+        raise UserError(
+            "adapter.name is adalora, whose budget of ranks the trainer does not give out yet; accepted: another "
+            "adapter, such as lora, or a loop of your own around lmobj.adapt.allocate."
+        )
 
-    def build(key: jax.Array) -> dict[str, nnx.Module]:
-        return build_models(objective, builder, vocab, roles, key)
-
-    abstract = nnx.eval_shape(build, jax.random.key(0))
+    build = functools.partial(build_models, objective, builder, vocab, roles)
+    abstract = nnx.eval_shape(functools.partial(build, adapter=config.adapter), jax.random.key(0))
+    marks = {role: adapt.trainable(model) for role, model in abstract.items()}
     trained = with_router_losses(objective, abstract)
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
-    optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=logical_axes(abstract))
+    optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=adapt.split(logical_axes(abstract), marks)[0])
     if settings.stochastic_rounding:
         optimizer = rounding.in_float32(optimizer)
     program = Program(
@@ -414,10 +435,10 @@ def design(
 
     def init(key: Any, given: Mapping[str, Any]) -> State:
         seeded = program.with_key(key)
-        params = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in build(seeded.key).items()}
-        for role, values in given.items():
-            params[role] = jax.tree.map(lambda new, x: x.astype(new.dtype), params[role], values)
-        return seeded.init(params, settings.batch_size)
+        models = build(seeded.key, given=given, adapter=config.adapter)
+        params = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in models.items()}
+        trained, frozen = adapt.split(params, marks)
+        return seeded.init(trained, settings.batch_size, frozen)
 
     key_data = program.key_data  # before the mesh is in force, whose devices may not be there
     with active(mesh, rules):
@@ -430,6 +451,7 @@ def design(
         shared = over_replicas(shapes, shardings, mesh)
         program = dataclasses.replace(program, optimizer=laid_out(program.optimizer, shared.trained))
         shardings = shardings._replace(opt_state=shared.opt_state, ema=shared.ema)
+    abstract_state = jax.tree.map(_shape, shapes, shardings)
     return Design(
         config=config,
         objective=objective,
@@ -441,11 +463,24 @@ def design(
         program=program,
         learning_rate=schedule,
         shardings=shardings,
-        abstract_state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
+        abstract_state=abstract_state,
         replicated=parameters.replicated,
+        abstract_base=_shapes(build, mesh, rules) if config.adapter else abstract_state.params,
         _init=init,
         _key=key_data,
     )
+
+
+def _shape(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _shapes(build: Callable[..., dict[str, nnx.Module]], mesh: Mesh, rules: partition.Rules) -> dict[str, Any]:
+    """Shape, dtype and sharding of every parameter of the models, by role."""
+    models = nnx.eval_shape(build, jax.random.key(0))
+    shapes = {role: nnx.to_pure_dict(nnx.state(model)) for role, model in models.items()}
+    placed: dict[str, Any] = jax.tree.map(_shape, shapes, parameter_shardings(models, mesh, rules).tree)
+    return placed
 
 
 def _checked_mesh(settings: TrainConfig, mesh: Mesh | None = None) -> Mesh:

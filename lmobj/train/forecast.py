@@ -227,7 +227,7 @@ def multiplied_bytes(run: Design) -> int:
         axes = (axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry))
         return math.prod(run.mesh.shape[axis] for axis in axes if axis not in gathered)
 
-    leaves = jax.tree.leaves(run.abstract_state.params)
+    leaves = jax.tree.leaves(run.abstract_params)
     return sum(leaf.size // ways(leaf.sharding.spec) * width for leaf in leaves)
 
 

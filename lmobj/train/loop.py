@@ -21,7 +21,7 @@ from lmobj.train.environment import environment
 from lmobj.train.evaluation import Evaluation, readable
 from lmobj.train.flops import model_flops
 from lmobj.train.guard import GUARD, Verdict
-from lmobj.train.initial import inherited_state
+from lmobj.train.initial import fingerprint, fresh_state, restored_state
 from lmobj.train.profile import Profiler
 from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import active
@@ -145,26 +145,18 @@ def _first_state(
     """
     _check_shared(folder, checkpoints)
     if not resume:
-        return _fresh_state(run)
+        return fresh_state(run)
     if checkpoints.latest_step is None:
         with distributed.agreed("config of the run"):
             folder.check_config(run.identity["config"])
-        state, notes = _fresh_state(run)
+        state, notes = fresh_state(run)
         return state, (*notes, "No checkpoint yet: starting from step 0.")
     with distributed.agreed("run of the checkpoint"):
         stored = checkpoints.metadata()
         if stored is not None:  # before the arrays are read: it names the setting that differs, not an array
             check_same_run(stored, run.identity)
-    restored = checkpoints.restore(run.abstract_state)
+    restored = restored_state(run, checkpoints)
     return restored.state, (*restored.notes, f"Resuming from step {restored.step}.")
-
-
-def _fresh_state(run: Assembly) -> tuple[State, tuple[str, ...]]:
-    """The state at step 0, with the weights that the config asks to begin with."""
-    if run.config.init is None:
-        return run.initial_state(), ()
-    state, note = inherited_state(run, run.config.init)
-    return state, (note,)
 
 
 def _check_shared(folder: RunFolder, checkpoints: Checkpoints) -> None:
@@ -220,6 +212,7 @@ def _train(
     start = int(state.step)
     unread: tuple[int, StepMetrics] | None = None
     evaluated: dict[str, float] = {}
+    identity = {**run.identity, "frozen": fingerprint(state.frozen)}
     best = BestSoFar(settings.best, _evaluations(folder, settings.best))
     if best.exhausted:
         return state
@@ -244,7 +237,7 @@ def _train(
     def save(step: int) -> None:
         read_metrics()
         with tracker.timed("saving"):
-            checkpoints.save(step, state, metrics=evaluated, metadata=run.identity)
+            checkpoints.save(step, state.stored, metrics=evaluated, metadata=identity)
 
     profiler = Profiler(settings.profile, folder.profile, start, tracker.note)
     with listen(distributed.peers()) as stop, profiler.closing():
@@ -294,7 +287,7 @@ def _best_state(
     step = checkpoints.best_step
     if step is None or step == int(state.step):
         return state
-    best: State = checkpoints.restore(run.abstract_state, step=step).state
+    best: State = checkpoints.restore(run.abstract_state.stored, step=step).state._replace(frozen=state.frozen)
     values = evaluation(best)
     tracker.log(int(state.step), {f"best/{name}": value for name, value in values.items()})
     tracker.note(f"The best checkpoint is that of step {step}.")

@@ -118,7 +118,7 @@ def contributors(state: Any, batch: Any, temporary: int | None) -> dict[str, int
     """
     gradients = shard_bytes(state.params)
     parts = {
-        "parameters": shard_bytes((state.params, state.objective.params)),
+        "parameters": shard_bytes((state.params, state.frozen, state.objective.params)),
         "gradients": gradients,
         "optimizer state": shard_bytes(state.opt_state),
         "moving average": shard_bytes(state.ema),

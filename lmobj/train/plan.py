@@ -64,7 +64,7 @@ def make_plan(design: Design, options: Mapping[str, Any] | None = None) -> Plan:
         raise UserError(f"jax tells nothing about the memory of programs for {jax.default_backend()}; plan on the CPU.")
     state = design.abstract_state._asdict()
     return Plan(
-        parameters=shard_bytes(state.pop("params")),
+        parameters=shard_bytes((state.pop("params"), state.pop("frozen"))),
         optimizer=shard_bytes(state.pop("opt_state")),
         other=shard_bytes((state, design.abstract_batch)),
         temporary=int(memory.temp_size_in_bytes),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
+from lmobj import adapt
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadedModel, ModelBuilder
@@ -31,9 +35,33 @@ def built_roles(objective: Objective) -> tuple[str, ...]:
 
 
 def build_models(
+    objective: Objective,
+    builder: ModelBuilder,
+    vocab: Vocabulary,
+    roles: tuple[str, ...],
+    key: Key[Array, ""],
+    *,
+    given: Mapping[str, Any] | None = None,
+    adapter: adapt.Adapter | None = None,
+) -> dict[str, nnx.Module]:
+    """The models by role, with fresh parameters but where some are given, and the adapter in the first of them.
+
+    The adapter comes last, since some begin with what the weights are (DoRA).
+    """
+    models = _fresh(objective, builder, vocab, roles, key)
+    for role, values in (given or {}).items():
+        graph, state = nnx.split(models[role])
+        fresh = nnx.to_pure_dict(state)
+        nnx.replace_by_pure_dict(state, jax.tree.map(lambda new, x: x.astype(new.dtype), fresh, values))
+        models[role] = nnx.merge(graph, state)
+    if adapter is not None:
+        models[roles[0]] = adapt.apply(models[roles[0]], adapter, nnx.Rngs(params=jax.random.fold_in(key, 2)))
+    return models
+
+
+def _fresh(
     objective: Objective, builder: ModelBuilder, vocab: Vocabulary, roles: tuple[str, ...], key: Key[Array, ""]
 ) -> dict[str, nnx.Module]:
-    """The models with fresh parameters, by role."""
     model = builder.build(vocab, nnx.Rngs(params=key))
     if HEADS not in roles:
         return {roles[0]: model}

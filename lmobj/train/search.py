@@ -173,7 +173,7 @@ class _Search:
         run, _ = designed(self._arranged(dict.fromkeys(MESH_AXES, 1), 1), alone)
         self.whole = len(run.replicated)
         used = {"data", *run.rules["length"]}
-        for leaf in jax.tree.leaves(run.abstract_state.params):
+        for leaf in jax.tree.leaves(run.abstract_params):
             for entry in leaf.sharding.spec:
                 used |= set((entry,) if isinstance(entry, str) else entry or ())
         return tuple(axis for axis in MESH_AXES if axis in used)

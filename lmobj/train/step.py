@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import NDArray
 
+from lmobj import adapt
 from lmobj.batch import Batch, Vocabulary
 from lmobj.errors import UserError
 from lmobj.objectives import (
@@ -62,6 +63,7 @@ class State(NamedTuple):
     objective: the objective's own trained parameters and carried arrays.
     guard: what `train.guard` knows: updates passed over, mean and variance of the loss.
     ema: moving average of the parameters, like `params`; empty without `train.ema`.
+    frozen: parameters that are not trained, where `adapter` leaves some so; they are no part of a checkpoint.
     """
 
     step: Int[Array, ""]
@@ -70,6 +72,7 @@ class State(NamedTuple):
     objective: ObjectiveState
     guard: GuardState
     ema: Params | tuple[()] = ()
+    frozen: Params | tuple[()] = ()
 
     @property
     def trained(self) -> Params:
@@ -78,11 +81,20 @@ class State(NamedTuple):
 
     @property
     def weights(self) -> Params:
-        """What evaluation and generation use: the moving average where there is one, else the parameters."""
+        """What evaluation and generation use: the moving average where there is one, else the parameters; and what is
+        frozen."""
         if not self.ema:
-            return self.params
-        weights: Params = jax.tree.map(lambda average, p: average.astype(p.dtype), self.ema, self.params)
-        return weights
+            return self.whole(self.params)
+        return self.whole(jax.tree.map(lambda average, p: average.astype(p.dtype), self.ema, self.params))
+
+    def whole(self, params: Params) -> Params:
+        """These parameters with those that are frozen."""
+        return adapt.join(params, self.frozen) if self.frozen else params
+
+    @property
+    def stored(self) -> State:
+        """What a checkpoint holds."""
+        return self._replace(frozen=())
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,9 @@ class Program:
                 "needs the whole batch at once; set train.accumulate=1."
             )
 
-    def init(self, params: Params, batch_size: int) -> State:
-        """The state at step 0 for given parameters."""
-        models = self._merged(params)
+    def init(self, params: Params, batch_size: int, frozen: Params | None = None) -> State:
+        """The state at step 0 for given parameters; `frozen` are those that stay as they are."""
+        models = self._merged(adapt.join(params, frozen) if frozen else params)
         own = self.objective.init(models, jax.random.fold_in(self.key, 1), batch_size)
         return State(
             step=jnp.zeros((), jnp.int32),
@@ -128,6 +140,7 @@ class Program:
             objective=own,
             guard=GuardState.init(),
             ema=() if self.ema is None else self.ema.init(params),
+            frozen=frozen or (),
         )
 
     @property
@@ -155,7 +168,7 @@ class Program:
         had made before the step.
         """
         ctx = self._context(batch, state, update=0, train=True)[1]
-        batch = self.objective.prepare(self._models(state.params, frozen), batch, ctx)
+        batch = self.objective.prepare(self._models(state.whole(state.params), frozen), batch, ctx)
         batch = jax.lax.stop_gradient(batch)
         before = self._updates_made(state, 0)
         state, metrics, verdict = self._update(state, frozen, batch, 0)
@@ -228,13 +241,14 @@ class Program:
         def statistics(rows: Any) -> Any:
             part_example, part_carried, part_keys = rows
             part_ctx = Context(part_keys, state.step, self.vocab, state.objective.params, train=True)
-            return objective.statistics(self._models(state.params, frozen), part_example, part_carried, part_ctx)
+            models = self._models(state.whole(state.params), frozen)
+            return objective.statistics(models, part_example, part_carried, part_ctx)
 
         def loss(trained: Any, rows: Any, whole: Any) -> tuple[Array, tuple[Any, StepMetrics]]:
             params, own = _untrained(trained, state.objective.params)
             part_example, part_carried, part_keys = rows
             part_ctx = Context(part_keys, state.step, self.vocab, own, whole, train=True)
-            terms = objective.terms(self._models(params, frozen), part_example, part_carried, part_ctx)
+            terms = objective.terms(self._models(state.whole(params), frozen), part_example, part_carried, part_ctx)
             once = {n for n, kind in objective.term_kinds.items() if kind is TermKind.PARAMETER}
             sums = {n: s / parts if n in once else s for n, s in terms.sums.items()}
             terms = terms._replace(sums=sums)
@@ -267,7 +281,7 @@ class Program:
         carried = select(_all_finite(carried), carried, state.objective.carried)
         kept = state._replace(objective=state.objective._replace(carried=carried))
         changed = State(state.step, params, opt_state, ObjectiveState(own, carried), guard, ema)
-        state = select(good, changed, kept)._replace(guard=guard)
+        state = select(good, changed, kept.stored)._replace(guard=guard, frozen=state.frozen)
         return state, {**metrics, "grad_norm": (norm, jnp.ones(()))}, verdict
 
 

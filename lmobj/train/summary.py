@@ -50,7 +50,7 @@ def check_samples(run: Assembly) -> None:
 
     for prompt in run.config.sample:
         try:
-            jax.eval_shape(functools.partial(use, prompt), run.abstract_state.params["model"])
+            jax.eval_shape(functools.partial(use, prompt), run.abstract_params["model"])
         except UserError as error:
             raise UserError(f"sample has the prompt {prompt!r}, which the model cannot use: {error}") from None
 

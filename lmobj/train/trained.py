@@ -29,6 +29,7 @@ from lmobj.train import distributed
 from lmobj.train.assemble import Assembly, Experiment, assemble
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.evaluation import Evaluation
+from lmobj.train.initial import restored_state
 from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.step import State
@@ -127,7 +128,7 @@ def open_run(config: Experiment, *, best: bool = False, quiet: bool = False) -> 
             stored = checkpoints.metadata(step)
             if stored is not None:  # before the arrays are compared: it names the setting, not the array
                 check_same_run(stored, run.identity)
-        restored = checkpoints.restore(run.abstract_state, step=step)
+        restored = restored_state(run, checkpoints, step)
     return TrainedRun(run, restored.state)
 
 
