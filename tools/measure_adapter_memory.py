@@ -2,9 +2,9 @@
 
     python tools/measure_adapter_memory.py          half a minute on 2 cores
 
-A decoder of 1.1 billion parameters (configs/pretrain/decoder_1b.yaml), 4 rows of 2,048 tokens in bfloat16 beside float32
-weights, compiled for this machine: optimizer state, and the memory of the step as the compiler says, with LoRA of rank 16
-on queries and values and without. Exit code 1 if LoRA takes more than 2% of the one or 45% of the other.
+A decoder of 1.1 billion parameters (configs/pretrain/decoder_1b.yaml), 4 rows of 2,048 tokens in bfloat16 beside
+float32 weights, compiled for this machine: optimizer state, and the memory of the step as the compiler says, with LoRA
+of rank 16 on queries and values and without. Exit code 1 if LoRA takes more than 2% of the one or 45% of the other.
 """
 
 from __future__ import annotations

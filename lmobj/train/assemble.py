@@ -34,6 +34,7 @@ from lmobj.train import distributed, rounding
 from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together, unnamed
 from lmobj.train.config import TrainConfig
 from lmobj.train.guard import GUARD
+from lmobj.train.layer_decay import decayed_by_layer
 from lmobj.train.optimizers import laid_out, make_optimizer
 from lmobj.train.roles import build_models, built_roles
 from lmobj.train.run_folder import differing_keys
@@ -418,6 +419,7 @@ def design(
     trained = with_router_losses(objective, abstract)
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
     optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=adapt.split(logical_axes(abstract), marks)[0])
+    optimizer = decayed_by_layer(optimizer, settings.layer_decay)
     if settings.stochastic_rounding:
         optimizer = rounding.in_float32(optimizer)
     program = Program(

@@ -39,6 +39,8 @@ class TrainConfig:
     """Microbatches that a global batch is taken in, to save memory; the result is that of the whole batch."""
     optimizer: Optimizer = field(default_factory=AdamW)
     """The optimizer and its learning-rate schedule."""
+    layer_decay: float = 1.0
+    """Factor by which each layer learns more slowly than the one above it, in (0, 1]; for fine-tuning, 0.65 to 0.95."""
     stochastic_rounding: bool = False
     """With model.param_dtype bfloat16: optimizer state and updates in float32, and the new parameter rounded up or down
     at random, its expectation exact, so that small updates add up where rounding to nearest would lose them."""
@@ -77,6 +79,8 @@ class TrainConfig:
                 raise UserError(f"train.{name} is {getattr(self, name)}; accepted: 1 or more.")
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"train.seed is {self.seed}; accepted: a whole number of at most 64 bits, sign included.")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"train.layer_decay is {self.layer_decay}; accepted: above 0, at most 1.")
         for name, most in (("steps", _MOST_STEPS), ("batch_size", _MOST_ROWS)):
             if getattr(self, name) > most:
                 raise UserError(f"train.{name} is {getattr(self, name)}; accepted: 1 to {most}.")
