@@ -2,7 +2,7 @@
 
     1  errors, batch, masks, attention, partition, compat, losses, noise: arrays, no flax and no input or output
     2  models
-    3  adapt, objectives, interop, data
+    3  adapt, objectives, interop, data, tasks (which of the others imports data alone)
     4  evaluate, train (train may import evaluate)
     5  config, bench, speed (the last two may import config)
     6  cli
@@ -25,7 +25,7 @@ _FLOORS = {
     **dict.fromkeys(("errors", "batch", "masks", "attention", "partition", "compat", "losses", "noise"), 1),
     **dict.fromkeys(("_yaml", "_cache", "_shares"), 1),
     "models": 2,
-    **dict.fromkeys(("adapt", "objectives", "interop", "data"), 3),
+    **dict.fromkeys(("adapt", "objectives", "interop", "data", "tasks"), 3),
     **dict.fromkeys(("evaluate", "train"), 4),
     **dict.fromkeys(("config", "_settings", "bench", "speed"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
@@ -35,6 +35,9 @@ _FLOORS = {
 _SIDEWAYS = {("train", "evaluate"), ("__main__", "cli"), ("config", "_settings"), ("bench", "config"),
              ("bench", "_settings"), ("speed", "config")}  # fmt: skip
 """Which rooms of one floor may import one another, from the fourth up; below, a floor is free within itself."""
+
+_ONLY = {"tasks": {"errors", "data"}}
+"""Rooms that import less than their floor would let them."""
 
 _FREE = {"", "__version__"}
 """`lmobj` itself: its version alone."""
@@ -89,6 +92,7 @@ def test_imports_go_down_only(path: pathlib.Path) -> None:
             assert room, f"{path}:{line}: lmobj/__init__.py imports {name}; it holds the version alone"
             assert target in _FLOORS or target in _FREE, f"{path}:{line}: {name} has no floor"
             assert not _rises(room, target), f"{path}:{line}: {room} imports {name}"
+            assert target in {room, *_ONLY.get(room, {target})}, f"{path}:{line}: {room} imports {name}"
         elif room and _FLOORS[room] == 1:
             assert parts[0] not in _HEAVY - _FLOOR_1_MAY.get(room, set()), f"{path}:{line}: floor 1 imports {name}"
         elif room and _FLOORS[room] <= 3:

@@ -1,7 +1,20 @@
-"""Evaluation: baselines, decoding, and what can be said about generated text."""
+"""Evaluation: baselines, decoding, metrics of tasks, and what can be said about generated text."""
 
 from __future__ import annotations
 
+from lmobj.evaluate._answer_scores import (
+    AnswerScores,
+    AnswerSummary,
+    answer_f1,
+    apply_null_threshold,
+    best_null_threshold,
+    exact_match,
+    normalise_answer,
+    normalise_chinese_answer,
+    score_answers,
+    summarise_answers,
+)
+from lmobj.evaluate._answer_spans import AnswerSpan, FoundAnswers, find_answers
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated, output_logits
 from lmobj.evaluate._cloze import Cloze, cloze_hits
@@ -14,6 +27,9 @@ from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text
 from lmobj.evaluate._text_statistics import TextStatistics, text_statistics
 
 __all__ = [
+    "AnswerScores",
+    "AnswerSpan",
+    "AnswerSummary",
     "Answers",
     "BeamConfig",
     "Cloze",
@@ -22,25 +38,35 @@ __all__ = [
     "FewShot",
     "FilledMasks",
     "Filling",
+    "FoundAnswers",
     "Generated",
     "NGram",
     "SamplingConfig",
     "Shot",
     "TextStatistics",
+    "answer_f1",
     "answer_queries",
+    "apply_null_threshold",
     "beam_search",
+    "best_null_threshold",
     "bits_per_byte",
     "choose_shots",
     "cloze_hits",
     "continue_text",
+    "exact_match",
     "fill_masks",
     "fill_text",
+    "find_answers",
     "generate",
     "masked_tokens",
     "min_p_filter",
+    "normalise_answer",
+    "normalise_chinese_answer",
     "output_logits",
     "repetition_penalty",
     "sample",
+    "score_answers",
+    "summarise_answers",
     "text_statistics",
     "top_k_filter",
     "top_p_filter",
