@@ -19,6 +19,7 @@ from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated, output_logits
 from lmobj.evaluate._cloze import Cloze, cloze_hits
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
+from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
 from lmobj.evaluate._ngram import NGram, bits_per_byte, unigram_top_k
@@ -35,6 +36,8 @@ __all__ = [
     "Cloze",
     "Continuation",
     "DecodingConfig",
+    "EntityReport",
+    "EntityScore",
     "FewShot",
     "FilledMasks",
     "Filling",
@@ -66,6 +69,7 @@ __all__ = [
     "repetition_penalty",
     "sample",
     "score_answers",
+    "score_entities",
     "summarise_answers",
     "text_statistics",
     "top_k_filter",
