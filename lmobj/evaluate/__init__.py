@@ -17,7 +17,18 @@ from lmobj.evaluate._answer_scores import (
 from lmobj.evaluate._answer_spans import AnswerSpan, FoundAnswers, find_answers
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated, output_logits
+from lmobj.evaluate._class_scores import (
+    ClassReport,
+    ClassScore,
+    MultiLabelScores,
+    RegressionScores,
+    confusion_matrix,
+    score_classes,
+    score_labels,
+    score_numbers,
+)
 from lmobj.evaluate._cloze import Cloze, cloze_hits
+from lmobj.evaluate._confusion_picture import draw_confusion
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
@@ -33,6 +44,8 @@ __all__ = [
     "AnswerSummary",
     "Answers",
     "BeamConfig",
+    "ClassReport",
+    "ClassScore",
     "Cloze",
     "Continuation",
     "DecodingConfig",
@@ -43,7 +56,9 @@ __all__ = [
     "Filling",
     "FoundAnswers",
     "Generated",
+    "MultiLabelScores",
     "NGram",
+    "RegressionScores",
     "SamplingConfig",
     "Shot",
     "TextStatistics",
@@ -55,7 +70,9 @@ __all__ = [
     "bits_per_byte",
     "choose_shots",
     "cloze_hits",
+    "confusion_matrix",
     "continue_text",
+    "draw_confusion",
     "exact_match",
     "fill_masks",
     "fill_text",
@@ -69,7 +86,10 @@ __all__ = [
     "repetition_penalty",
     "sample",
     "score_answers",
+    "score_classes",
     "score_entities",
+    "score_labels",
+    "score_numbers",
     "summarise_answers",
     "text_statistics",
     "top_k_filter",
