@@ -127,9 +127,7 @@ def check_tags(sentences: Iterable[Sequence[str]], scheme: TagScheme = "bio") ->
             if not _may_follow(before, current, letters, scheme):
                 after = f"after {tags[index - 1]}" if index else "at the beginning"
                 shown = tag if index < len(tags) else "the end"
-                raise UserError(
-                    f"{where}: {shown} {after}; accepted: tags in the scheme {scheme}, which {_RULE[scheme]}."
-                )
+                raise UserError(f"{where}: {shown} {after}; accepted: the scheme {scheme}, {_RULE[scheme]}.")
             before = current
 
 

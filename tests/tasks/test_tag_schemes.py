@@ -102,7 +102,7 @@ def test_entities_are_seqevals() -> None:
 @pytest.mark.parametrize(
     ("scheme", "tags", "message"),
     [
-        ("bio", "O I-P", r"sentence 1, position 1: I-P after O; accepted: .* every entity begins with B-"),
+        ("bio", "O I-P", r"sentence 1, position 1: I-P after O; accepted: the scheme bio, every entity begins with B-"),
         ("bio", "I-P", "sentence 1, position 0: I-P at the beginning"),
         ("bio", "B-P I-Q", "position 1: I-Q after B-P"),
         ("iob1", "I-P B-Q", "position 1: B-Q after I-P"),
