@@ -34,6 +34,8 @@ from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entit
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
 from lmobj.evaluate._ngram import NGram, bits_per_byte, unigram_top_k
+from lmobj.evaluate._resampling import PairedBootstrap, SeedSpread, paired_bootstrap, seed_spread
+from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
 from lmobj.evaluate._text_statistics import TextStatistics, text_statistics
@@ -58,8 +60,11 @@ __all__ = [
     "Generated",
     "MultiLabelScores",
     "NGram",
+    "PairedBootstrap",
     "RegressionScores",
+    "RetrievalScores",
     "SamplingConfig",
+    "SeedSpread",
     "Shot",
     "TextStatistics",
     "answer_f1",
@@ -72,6 +77,7 @@ __all__ = [
     "cloze_hits",
     "confusion_matrix",
     "continue_text",
+    "cosine_scores",
     "draw_confusion",
     "exact_match",
     "fill_masks",
@@ -83,6 +89,7 @@ __all__ = [
     "normalise_answer",
     "normalise_chinese_answer",
     "output_logits",
+    "paired_bootstrap",
     "repetition_penalty",
     "sample",
     "score_answers",
@@ -90,6 +97,8 @@ __all__ = [
     "score_entities",
     "score_labels",
     "score_numbers",
+    "score_retrieval",
+    "seed_spread",
     "summarise_answers",
     "text_statistics",
     "top_k_filter",
