@@ -38,7 +38,7 @@ from lmobj.evaluate._resampling import PairedBootstrap, SeedSpread, paired_boots
 from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
-from lmobj.evaluate._text_statistics import TextStatistics, text_statistics
+from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
 
 __all__ = [
     "AnswerScores",
@@ -78,6 +78,7 @@ __all__ = [
     "confusion_matrix",
     "continue_text",
     "cosine_scores",
+    "distinct_share",
     "draw_confusion",
     "exact_match",
     "fill_masks",
@@ -90,6 +91,7 @@ __all__ = [
     "normalise_chinese_answer",
     "output_logits",
     "paired_bootstrap",
+    "repeated_share",
     "repetition_penalty",
     "sample",
     "score_answers",
@@ -99,6 +101,7 @@ __all__ = [
     "score_numbers",
     "score_retrieval",
     "seed_spread",
+    "self_bleu",
     "summarise_answers",
     "text_statistics",
     "top_k_filter",
