@@ -2,7 +2,7 @@
 
     1  errors, batch, masks, attention, partition, compat, losses, noise: arrays, no flax and no input or output
     2  models
-    3  adapt, objectives, interop, data
+    3  adapt, objectives, interop, data, tasks (which of the others imports data alone)
     4  evaluate, train (train may import evaluate)
     5  config, bench, speed (the last two may import config)
     6  cli
@@ -25,7 +25,7 @@ _FLOORS = {
     **dict.fromkeys(("errors", "batch", "masks", "attention", "partition", "compat", "losses", "noise"), 1),
     **dict.fromkeys(("_yaml", "_cache", "_shares", "_units"), 1),
     "models": 2,
-    **dict.fromkeys(("adapt", "objectives", "interop", "data"), 3),
+    **dict.fromkeys(("adapt", "objectives", "interop", "data", "tasks"), 3),
     **dict.fromkeys(("evaluate", "train"), 4),
     **dict.fromkeys(("config", "_settings", "bench", "speed"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
@@ -36,8 +36,8 @@ _SIDEWAYS = {("train", "evaluate"), ("__main__", "cli"), ("config", "_settings")
              ("bench", "_settings"), ("speed", "config")}  # fmt: skip
 """Which rooms of one floor may import one another, from the fourth up; below, a floor is free within itself."""
 
-_NEVER = {("adapt", "objectives"), ("adapt", "data"), ("adapt", "interop")}
-"""What is no way up, and still no way: adapters know models and nothing that is done with them."""
+_ONLY = {"adapt": {"batch", "errors", "masks", "models", "noise", "partition"}, "tasks": {"data", "errors"}}
+"""Rooms that import less than their floor would let them."""
 
 _FREE = {"", "__version__"}
 """`lmobj` itself: its version alone."""
@@ -72,10 +72,10 @@ def _imports(path: pathlib.Path) -> Iterator[tuple[str, int]]:
 
 
 def _rises(room: str, target: str) -> bool:
-    """Whether an import from `room` to `target` goes up, or sideways where it must not."""
+    """Whether an import from `room` to `target` goes up, or sideways or down where it must not."""
     if target in (room, *_FREE):
         return False
-    if (room, target) in _NEVER:
+    if target not in _ONLY.get(room, {target}):
         return True
     floor, other = _FLOORS[room], _FLOORS[target]
     if floor == other and floor >= 4:

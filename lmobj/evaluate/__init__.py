@@ -1,46 +1,108 @@
-"""Evaluation: baselines, decoding, and what can be said about generated text."""
+"""Evaluation: baselines, decoding, metrics of tasks, and what can be said about generated text."""
 
 from __future__ import annotations
 
+from lmobj.evaluate._answer_scores import (
+    AnswerScores,
+    AnswerSummary,
+    answer_f1,
+    apply_null_threshold,
+    best_null_threshold,
+    exact_match,
+    normalise_answer,
+    normalise_chinese_answer,
+    score_answers,
+    summarise_answers,
+)
+from lmobj.evaluate._answer_spans import AnswerSpan, FoundAnswers, find_answers
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated, output_logits
+from lmobj.evaluate._class_scores import (
+    ClassReport,
+    ClassScore,
+    MultiLabelScores,
+    RegressionScores,
+    confusion_matrix,
+    score_classes,
+    score_labels,
+    score_numbers,
+)
 from lmobj.evaluate._cloze import Cloze, cloze_hits
+from lmobj.evaluate._confusion_picture import draw_confusion
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
+from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
 from lmobj.evaluate._ngram import NGram, bits_per_byte, unigram_top_k
+from lmobj.evaluate._resampling import PairedBootstrap, SeedSpread, paired_bootstrap, seed_spread
+from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
-from lmobj.evaluate._text_statistics import TextStatistics, text_statistics
+from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
 
 __all__ = [
+    "AnswerScores",
+    "AnswerSpan",
+    "AnswerSummary",
     "Answers",
     "BeamConfig",
+    "ClassReport",
+    "ClassScore",
     "Cloze",
     "Continuation",
     "DecodingConfig",
+    "EntityReport",
+    "EntityScore",
     "FewShot",
     "FilledMasks",
     "Filling",
+    "FoundAnswers",
     "Generated",
+    "MultiLabelScores",
     "NGram",
+    "PairedBootstrap",
+    "RegressionScores",
+    "RetrievalScores",
     "SamplingConfig",
+    "SeedSpread",
     "Shot",
     "TextStatistics",
+    "answer_f1",
     "answer_queries",
+    "apply_null_threshold",
     "beam_search",
+    "best_null_threshold",
     "bits_per_byte",
     "choose_shots",
     "cloze_hits",
+    "confusion_matrix",
     "continue_text",
+    "cosine_scores",
+    "distinct_share",
+    "draw_confusion",
+    "exact_match",
     "fill_masks",
     "fill_text",
+    "find_answers",
     "generate",
     "masked_tokens",
     "min_p_filter",
+    "normalise_answer",
+    "normalise_chinese_answer",
     "output_logits",
+    "paired_bootstrap",
+    "repeated_share",
     "repetition_penalty",
     "sample",
+    "score_answers",
+    "score_classes",
+    "score_entities",
+    "score_labels",
+    "score_numbers",
+    "score_retrieval",
+    "seed_spread",
+    "self_bleu",
+    "summarise_answers",
     "text_statistics",
     "top_k_filter",
     "top_p_filter",
