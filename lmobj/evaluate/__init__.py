@@ -37,10 +37,12 @@ from lmobj.evaluate._ngram import NGram, bits_per_byte, unigram_top_k
 from lmobj.evaluate._resampling import PairedBootstrap, SeedSpread, paired_bootstrap, seed_spread
 from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
+from lmobj.evaluate._task_metrics import TASK_METRICS, task_metrics
 from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
 from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
 
 __all__ = [
+    "TASK_METRICS",
     "AnswerScores",
     "AnswerSpan",
     "AnswerSummary",
@@ -103,6 +105,7 @@ __all__ = [
     "seed_spread",
     "self_bleu",
     "summarise_answers",
+    "task_metrics",
     "text_statistics",
     "top_k_filter",
     "top_p_filter",

@@ -37,6 +37,7 @@ class Classification(RowTask):
     and `accuracy`.
     """
 
+    task: ClassVar[Literal["classification"]] = "classification"
     FIELD: ClassVar[Literal["labels", "scores"]] = "labels"
     summary: ClassVar[str] = "Tell the class of a labelled text or pair of texts."
     paper: ClassVar[str] = "Devlin et al. 2019, BERT, section 4.1"

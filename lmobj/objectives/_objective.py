@@ -41,6 +41,7 @@ Rows = RowSpec | Mapping[str, RowSpec]
 """The rows of one batch, or of each batch of a mixture by the names of its members."""
 
 Judge = Literal["loss", "bits_per_byte", "top5_accuracy"]
+Task = Literal["classification", "regression"]
 
 Metric = tuple[Array, Array]
 """(sum, weight): added over rows, microbatches and devices, divided once when it is logged."""
@@ -179,6 +180,11 @@ class Objective:
     def fills_masks(self) -> bool:
         """Whether the vocabulary head is trained to tell what a [MASK] in the row stands for."""
         return False
+
+    @property
+    def task(self) -> Task | None:
+        """Which task's figures `Terms.outputs` are judged by; None where losses and metrics say all."""
+        return None
 
     def use(self, length: int) -> RowUse | Mapping[str, RowUse]:
         """How it runs the model over a row of `length` tokens, or those of each member of a mixture; by default every

@@ -28,6 +28,7 @@ class Regression(RowTask):
     Metrics: `mse`, in the square of the labels' unit.
     """
 
+    task: ClassVar[Literal["regression"]] = "regression"
     FIELD: ClassVar[Literal["labels", "scores"]] = "scores"
     coefficients: ClassVar[dict[str, float]] = {"mse": 1.0}
     summary: ClassVar[str] = "Predict the number that labels a text or a pair of texts."

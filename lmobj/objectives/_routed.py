@@ -37,6 +37,7 @@ from lmobj.objectives._objective import (
     ObjectiveState,
     Role,
     Rows,
+    Task,
     TermKind,
     Terms,
 )
@@ -111,6 +112,11 @@ class Routed(Objective):
     def fills_masks(self) -> bool:
         """The objective's."""
         return self.objective.fills_masks
+
+    @property
+    def task(self) -> Task | None:
+        """The objective's."""
+        return self.objective.task
 
     def use(self, length: int) -> RowUse | Mapping[str, RowUse]:
         """The objective's."""

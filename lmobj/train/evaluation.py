@@ -17,7 +17,8 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from lmobj.errors import UserError
-from lmobj.evaluate import Cloze, NGram, cloze_hits, unigram_top_k
+from lmobj.evaluate import TASK_METRICS, Cloze, NGram, cloze_hits, task_metrics, unigram_top_k
+from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.step import TERM, State, StepMetrics
 
@@ -44,16 +45,22 @@ class Evaluation:
         For an objective judged by it, `top5_accuracy` on masked words is among them.
         """
         sums: dict[str, NDArray] = defaultdict(lambda: np.zeros(2))
+        outputs: list[dict[str, NDArray]] = []
         steps = self._steps(state, batches)
         for step, _ in itertools.pairwise(itertools.chain(steps, [None])):  # read while the device is at the next one
-            for name, pair in jax.device_get(step).items():
+            assert step is not None
+            for name, pair in jax.device_get(step[0]).items():
                 sums[name] += np.asarray(pair, np.float64)
+            outputs.append(_rows_with_text(step[1]))
         for name, epsilon in self.run.objective.epsilon.items():
             if sums[TERM + name][1] > 0:
                 sums[TERM + name][1] += epsilon
         metrics = readable(sums, self.run.coefficients(state.step))
         if self.cloze is not None and self.cloze.count:
             metrics["top5_accuracy"] = self._top5_accuracy(state, self.cloze)
+        if self.run.objective.task is not None:
+            every = {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
+            metrics |= task_metrics(self.run.objective.task, every, self.run.dataset.classes)
         return metrics
 
     def check_metric(self, name: str, metrics: StepMetrics) -> None:
@@ -62,16 +69,17 @@ class Evaluation:
         Without held-out text any name is accepted: nothing is evaluated.
         """
         known = [one for one in metrics if not one.startswith(TERM)]
+        known += TASK_METRICS[self.run.objective.task] if self.run.objective.task else ()
         known += ["loss"] + ["perplexity"] * ("nll" in metrics) + ["top5_accuracy"] * (self.cloze is not None)
         if self.has_text and name not in known:
             raise UserError(f"train.best.metric is {name!r}; accepted: {', '.join(sorted(set(known)))}.")
 
-    def _steps(self, state: State, batches: int | None) -> Iterator[StepMetrics]:
-        """The metrics of each batch; what the objective carries goes from one to the next."""
+    def _steps(self, state: State, batches: int | None) -> Iterator[tuple[StepMetrics, dict[str, Any]]]:
+        """The metrics of each batch, and of tasks the outputs; what the objective carries goes from one to the next."""
         carried = self.run.fresh_carried(state)
         for batch in self.run.batches(self.split, steps=batches):
-            metrics, carried, _ = self.run.eval_step(state, batch, carried)
-            yield metrics
+            metrics, carried, outputs = self.run.eval_step(state, batch, carried)
+            yield metrics, outputs
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """What models without a network reach on the same held-out text, by the figure the objective is judged by."""
@@ -122,6 +130,15 @@ class Evaluation:
         arrays = (cloze.tokens, cloze.segment_ids, cloze.positions, cloze.where, cloze.answers)
         hits = _cloze_hits(self.run.program.graphs["model"], self.run.gathered(state)["model"], *arrays)
         return float(np.sum(hits)) / cloze.count
+
+
+def _rows_with_text(outputs: Mapping[str, Any]) -> dict[str, NDArray]:
+    """The outputs of a batch on the host, without its empty rows. Every process calls it and has all of them."""
+    found = {name: np.asarray(distributed.on_host(x)) for name, x in outputs.items()}
+    if not found:
+        return {}
+    there = found.pop("weights")[:, 0] > 0
+    return {name: x[there] for name, x in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_runs
 from flax import nnx
 from tiny_runs import Kind, experiment
 
 from lmobj import masks
 from lmobj.batch import Vocabulary
+from lmobj.config import Experiment
+from lmobj.data import DataConfig, HeldOut, SentencePieceConfig, SeparatedValues
 from lmobj.errors import UserError
 from lmobj.evaluate import NGram, output_logits
-from lmobj.models import OutputHead
-from lmobj.objectives import MaskedLM
-from lmobj.train import Assembly, FitResult, assemble
+from lmobj.models import EncoderConfig, OutputHead
+from lmobj.objectives import Classification, MaskedLM
+from lmobj.train import Assembly, FitResult, TrainConfig, assemble
 from lmobj.train.evaluation import Evaluation, readable
 from lmobj.train.sharding import MeshConfig
 
@@ -261,3 +264,28 @@ def test_baselines_score_the_tokens_that_the_model_predicts(corpus: pathlib.Path
     figures = [values["bits_per_byte"] for values in baselines.values()]
     assert list(baselines) == ["unigram", "bigram", "5-gram"]
     assert figures == sorted(figures, reverse=True)
+
+
+def test_figures_of_a_task_are_those_of_its_rows_in_any_batches(tmp_path: pathlib.Path) -> None:
+    """Over 8 devices and in one batch: empty rows that fill the last batch count for nothing."""
+    lines = [f"{'ab'[i % 3 > 0]}\t{'good' if i % 3 else 'bad'} number {i}" for i in range(90)]
+    (tmp_path / "train.tsv").write_text("\n".join(lines))
+    (tmp_path / "dev.tsv").write_text("\n".join(lines[:11]))
+    source = SeparatedValues(files=(str(tmp_path / "train.tsv"),), columns=("l", "t"), text="t", label="l")
+    data = DataConfig(
+        source=source,
+        tokenizer=SentencePieceConfig(vocab_size=300),
+        validation=HeldOut(files=(str(tmp_path / "dev.tsv"),)),
+        test=0.0,
+        length=16,
+        cache=str(tmp_path / "cache"),
+    )
+    model = EncoderConfig(layers=1, width=16, heads=2, max_length=16)
+    found = []
+    for batch_size, mesh in ((8, MeshConfig()), (11, MeshConfig(data=1))):
+        train = TrainConfig(batch_size=batch_size, mesh=mesh)
+        run = assemble(Experiment(data=data, model=model, objective=Classification(), train=train), quiet=True)
+        with tiny_runs.quick_compilation():
+            found.append(Evaluation(run)(run.initial_state()))
+        assert {"accuracy", "nll", "loss", "macro_f1", "matthews"} <= set(found[-1])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
