@@ -4,7 +4,7 @@
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2.1: behind attention and behind the
 feed-forward part, before each is added to the residual; norms are trained too. Pfeiffer et al. 2021, "AdapterFusion:
-Non-Destructive Task Composition for Transfer Learning", section 3.1: behind the feed-forward part alone.
+Non-Destructive Task Composition for Transfer Learning": behind the feed-forward part alone.
 
 Deviations: U begins at zero, so that a fresh adapter is the identity exactly; Houlsby draws D and U from a normal
 distribution of standard deviation 0.01, as D is here. An adapter stands before the dropout of the residual, where the

@@ -3,7 +3,7 @@
     y = m / ||W + s A B||_c * (x W + s (x A) B) + b        m = ||W||_c at first
 
 with ||.||_c the norm of each output's column. Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5.
-As in section 4.3 the norm is a constant to the gradient, which halves the memory of training at little cost.
+As in section 4.3 the norm is a constant to the gradient, which saves memory at little cost.
 
 The norm follows A and B, so every forward pass needs it. It is computed without W + s A B, from products that are thin:
 

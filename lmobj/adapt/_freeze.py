@@ -2,7 +2,7 @@
 
 Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.3, whose gradual
 unfreezing is a sequence of such settings; Lee et al. 2019, "What Would Elsa Do? Freezing Layers During Transformer
-Fine-Tuning", which keeps the first three quarters of the layers.
+Fine-Tuning", which trains the last quarter of the layers.
 
 Frozen layers run as a stack of their own, so that with frozen embeddings the backward pass ends above them: they cost
 no gradient, and nothing of them is kept for one.

@@ -28,7 +28,7 @@ __all__ = ["LoRA", "LoRALinear"]
 
 @dataclass(frozen=True)
 class LoRA:
-    """Thin matrices beside the model's; the defaults are those of the paper's table 6 for queries and values."""
+    """Thin matrices beside the model's; by default beside those of queries and values, as in the paper."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
