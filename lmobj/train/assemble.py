@@ -36,6 +36,7 @@ from lmobj.train.config import TrainConfig
 from lmobj.train.guard import GUARD
 from lmobj.train.layer_decay import decayed_by_layer
 from lmobj.train.optimizers import laid_out, make_optimizer
+from lmobj.train.rank_allocation import allocating
 from lmobj.train.roles import build_models, built_roles
 from lmobj.train.run_folder import differing_keys
 from lmobj.train.schedules import make_schedule
@@ -407,12 +408,6 @@ def design(
             share = f"objective.members.{name}'s share of train.batch_size"
             check_batch(size, mesh, rules, accumulate=settings.accumulate, key=share)
     roles = built_roles(objective)
-    if isinstance(config.adapter, adapt.AdaLoRA):
-        raise UserError(
-            "adapter.name is adalora, whose budget of ranks the trainer does not give out yet; accepted: another "
-            "adapter, such as lora, or a loop of your own around lmobj.adapt.allocate."
-        )
-
     build = functools.partial(build_models, objective, builder, vocab, roles)
     abstract = nnx.eval_shape(functools.partial(build, adapter=config.adapter), jax.random.key(0))
     marks = {role: adapt.trainable(model) for role, model in abstract.items()}
@@ -420,6 +415,8 @@ def design(
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
     optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=adapt.split(logical_axes(abstract), marks)[0])
     optimizer = decayed_by_layer(optimizer, settings.layer_decay)
+    if isinstance(config.adapter, adapt.AdaLoRA):
+        optimizer = allocating(optimizer, config.adapter)
     if settings.stochastic_rounding:
         optimizer = rounding.in_float32(optimizer)
     program = Program(

@@ -19,6 +19,7 @@ from lmobj.train import FitResult, fit
 from lmobj.train.assemble import assemble
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.initial import fingerprint, fresh_state
+from lmobj.train.sharding import MeshConfig
 from lmobj.train.trained import open_run
 
 LORA = adapt.LoRA(rank=2)
@@ -114,6 +115,34 @@ def test_without_an_earlier_run_the_seed_says_what_is_frozen(masked: FitResult, 
     jax.tree.map(np.testing.assert_array_equal, run.initial_state().frozen, plain.initial_state().params)
 
 
-def test_adalora_is_refused(masked: FitResult, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match=r"adapter\.name is adalora"):
-        assemble(adapted(masked, tmp_path / "run", adapter=adapt.AdaLoRA()), quiet=True)
+@pytest.mark.slow
+def test_adalora_ends_with_its_budget(masked: FitResult, tmp_path: pathlib.Path) -> None:
+    """Of 3 ranks in each matrix one is left; allocation goes through a stop to the bit; zeros stay zeros."""
+    adapter = adapt.AdaLoRA(initial_rank=3, target_rank=1, total_steps=4, initial_steps=1, final_steps=1)
+    config = adapted(masked, tmp_path / "run", adapter=adapter)
+    with tiny_runs.quick_compilation():
+        whole = fit(config, quiet=True)
+        shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
+        again = fit(dataclasses.replace(config, run=str(tmp_path / "stopped")), resume=True, quiet=True)
+    jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
+    singular = [x for path, x in jax.tree_util.tree_flatten_with_path(whole.state.params)[0] if "lora_e" in str(path)]
+    matrices = sum(x.shape[0] for x in singular)
+    assert sum(int((np.asarray(x) != 0).sum()) for x in singular) == matrices
+    assert whole.state.opt_state.step == 4
+
+
+@pytest.mark.slow
+def test_the_regulariser_is_counted_once_whatever_the_microbatches(masked: FitResult, tmp_path: pathlib.Path) -> None:
+    adapter = adapt.AdaLoRA(initial_rank=3, target_rank=1, total_steps=9, orthogonality=5.0)
+
+    def stepped(accumulate: int) -> Any:
+        config = adapted(masked, tmp_path / "run", adapter=adapter)
+        train = dataclasses.replace(config.train, accumulate=accumulate, mesh=MeshConfig(data=1))
+        run = assemble(dataclasses.replace(config, train=train), quiet=True)
+        state, _ = run.train_step(fresh_state(run)[0], next(run.batches("train", steps=1)))
+        return state.opt_state.allocation.importance
+
+    with tiny_runs.quick_compilation():
+        one, four = stepped(1), stepped(4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), one, four)
