@@ -1,7 +1,8 @@
 """AdaLoRA in a run: the regulariser joins the gradient, and every update is followed by an allocation of ranks.
 
 The regulariser is a function of the parameters alone, so its gradient is added once per step, whatever the
-microbatches; the loss that is logged is without it. Importance is told from the gradient before any clipping; PEFT's is clipped.
+microbatches; the loss that is logged is without it. Importance is told from the gradient before any clipping, where
+PEFT's is clipped.
 """
 
 from __future__ import annotations
