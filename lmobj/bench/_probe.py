@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from lmobj import _yaml, masks
 from lmobj.bench._labelled import ProbeData
 from lmobj.bench._probe_config import Features, Probe
-from lmobj.bench._reading import Reading, TextRows, text_rows
+from lmobj.bench._reading import Reading
+from lmobj.data import TextRows, text_rows
 from lmobj.errors import UserError
 
 __all__ = ["NotFinite", "Scores", "check_probe", "fit_and_score", "majority", "probe_model", "require_sklearn"]
@@ -82,7 +83,9 @@ def check_probe(probe: Probe, data: ProbeData, model: Any, reading: Reading) -> 
 def _texts(probe: Probe, data: ProbeData, reading: Reading) -> Iterator[TextRows]:
     """The rows to fit on, then those to score on."""
     for part in (data.train, data.test):
-        yield text_rows(part, reading.tokenizer, reading.rows, probe.length or reading.rows.length)
+        texts = [(row.text, row.pair) for row in part]
+        length = probe.length or reading.rows.length
+        yield text_rows(texts, reading.tokenizer, reading.rows, length, key="probe.length")
 
 
 def require_sklearn() -> None:

@@ -156,6 +156,30 @@ def evaluate(
 
 
 @app.command(rich_help_panel="Runs")
+def predict(
+    run: Run,
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", metavar="FILE", help="Texts as the run's data.source reads them."),
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="JSON Lines to write; a new file.")],
+    best: Best = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a fine-tuned model says of each text: its class with probabilities, or its score.
+
+    Example: lmobj predict runs/sentiment --input reviews.tsv --output predicted.jsonl --best
+    """
+    from lmobj.train.prediction import predict
+    from lmobj.train.trained import on_one_device, open_run
+
+    keep_programs()
+    count = predict(open_run(on_one_device(_experiment(run)), best=best, quiet=quiet), inputs, output, quiet=quiet)
+    if not quiet:
+        print(f"{count:,} texts: {output}")
+
+
+@app.command(rich_help_panel="Runs")
 def generate(
     run: Run,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,

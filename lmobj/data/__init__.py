@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmobj.data._cleaning_config import CleaningConfig, LanguageFilter, NearDuplicates, SegmentationConfig, StopWords
 from lmobj.data._config import DataConfig, HeldOut, SentencePieceConfig
+from lmobj.data._inputs import Tally
 from lmobj.data._source_config import (
     JsonLines,
     MixtureSource,
@@ -27,12 +28,14 @@ from lmobj.data._source_config import (
     TfdsSource,
     WeightedSource,
 )
+from lmobj.data._text_rows import TextRows, text_rows
 from lmobj.data._tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lmobj.data._dataset import Dataset
     from lmobj.data._prepare import prepare
     from lmobj.data._rows import HostBatch, Rows
+    from lmobj.data._sources import open_corpus
 
 __all__ = [
     "CleaningConfig",
@@ -53,14 +56,18 @@ __all__ = [
     "Source",
     "StdlibSource",
     "StopWords",
+    "Tally",
     "TextFiles",
+    "TextRows",
     "TfdsSource",
     "Tokenizer",
     "WeightedSource",
+    "open_corpus",
     "prepare",
+    "text_rows",
 ]
 
-_LATE = {"Dataset": "_dataset", "HostBatch": "_rows", "Rows": "_rows", "prepare": "_prepare"}
+_LATE = {"Dataset": "_dataset", "HostBatch": "_rows", "Rows": "_rows", "open_corpus": "_sources", "prepare": "_prepare"}
 """Names whose modules import jax: loaded when asked for, since the processes that tokenise do without."""
 
 

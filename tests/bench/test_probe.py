@@ -34,8 +34,8 @@ from lmobj.bench import (
 )
 from lmobj.bench._picture import draw_results
 from lmobj.bench._probe import NotFinite, _features
-from lmobj.bench._reading import text_rows
 from lmobj.bench._results import table
+from lmobj.data import text_rows
 from lmobj.errors import UserError
 from lmobj.models import EncoderConfig
 from lmobj.objectives import (
@@ -69,7 +69,7 @@ def _reading(spec: RowSpec = _PACKED, *, causal: bool = False) -> Reading:
 
 def _rows(*texts: Any, spec: RowSpec = _PACKED, length: int = 16) -> Any:
     given = [Labelled(*(text if isinstance(text, tuple) else (text, None)), "x") for text in texts]
-    return text_rows(given, _LETTERS, spec, length)
+    return text_rows([(row.text, row.pair) for row in given], _LETTERS, spec, length, key="probe.length")
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_masks_and_types_are_those_of_the_objective(objective: Any, last: list[i
     spec = rows if isinstance(rows, RowSpec) else next(iter(rows.values()))
     run: Any = SimpleNamespace(dataset=SimpleNamespace(tokenizer=_LETTERS), spec=spec, objective=objective)
     reading = Reading.of(run)
-    texts = text_rows([Labelled("abc", None, "x")], _LETTERS, spec, 16)
+    texts = text_rows([("abc", None)], _LETTERS, spec, 16, key="probe.length")
     assert _features(_Witness(), texts, reading, "last", batch_size=1).tolist() == [last]
 
 
