@@ -27,13 +27,9 @@ Captured = pytest.CaptureFixture[str]
 
 def rows(count: int) -> list[dict[str, object]]:
     """Pairs of texts, of which many are longer than a row, labelled by whether a word is in the first."""
+    words = [("sun", "dry") if i % 3 else ("rain", "wet") for i in range(count)]
     return [
-        {
-            "a": f"{'sun' if i % 3 else 'rain'} " * (i % 9 + 1),
-            "b": "word " * (i % 5 + 1),
-            "y": "dry" if i % 3 else "wet",
-        }
-        for i in range(count)
+        {"a": f"{word} " * (i % 9 + 1), "b": "word " * (i % 5 + 1), "y": label} for i, (word, label) in enumerate(words)
     ]
 
 
@@ -104,7 +100,7 @@ def test_what_cannot_be_predicted(run: TrainedRun, causal: FitResult, tmp_path: 
     other = TrainedRun(causal.assembly, causal.state)
     with pytest.raises(UserError, match="objective of this run is causal_lm, which says nothing about whole texts"):
         predict(other, ["x"], tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="--input.files: no file matches"):
+    with pytest.raises(UserError, match=r"--input\.files: no file matches"):
         predict(run, [str(tmp_path / "none")], tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []
 
