@@ -23,7 +23,7 @@ from lmobj import losses
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
-from lmobj.objectives._objective import Context, Example, Models, Terms
+from lmobj.objectives._objective import Context, Example, Judge, Models, Terms
 from lmobj.objectives._row_task import RowTask
 
 __all__ = ["Classification"]
@@ -38,6 +38,7 @@ class Classification(RowTask):
     """
 
     task: ClassVar[Literal["classification"]] = "classification"
+    judged_by: ClassVar[Judge] = "accuracy"
     FIELD: ClassVar[Literal["labels", "scores"]] = "labels"
     summary: ClassVar[str] = "Tell the class of a labelled text or pair of texts."
     paper: ClassVar[str] = "Devlin et al. 2019, BERT, section 4.1"

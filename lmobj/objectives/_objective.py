@@ -40,7 +40,7 @@ Models = Mapping[str, nnx.Module]
 Rows = RowSpec | Mapping[str, RowSpec]
 """The rows of one batch, or of each batch of a mixture by the names of its members."""
 
-Judge = Literal["loss", "bits_per_byte", "top5_accuracy"]
+Judge = Literal["loss", "bits_per_byte", "top5_accuracy", "accuracy", "mse"]
 Task = Literal["classification", "regression"]
 
 Metric = tuple[Array, Array]
@@ -168,7 +168,7 @@ class Objective:
     @property
     def judged_by(self) -> Judge:
         """The held-out figure that says most about a model of this objective: `bits_per_byte`, beside n-gram models,
-        or `top5_accuracy` on masked words, beside a unigram."""
+        `top5_accuracy` on masked words, beside a unigram, or `accuracy` or `mse`, beside always the same answer."""
         return "loss"
 
     @property

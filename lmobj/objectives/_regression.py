@@ -15,7 +15,7 @@ from flax import nnx
 
 from lmobj.batch import Vocabulary
 from lmobj.models import HeadStyle, PairHead
-from lmobj.objectives._objective import Context, Example, Models, Terms
+from lmobj.objectives._objective import Context, Example, Judge, Models, Terms
 from lmobj.objectives._row_task import RowTask
 
 __all__ = ["Regression"]
@@ -29,6 +29,7 @@ class Regression(RowTask):
     """
 
     task: ClassVar[Literal["regression"]] = "regression"
+    judged_by: ClassVar[Judge] = "mse"
     FIELD: ClassVar[Literal["labels", "scores"]] = "scores"
     coefficients: ClassVar[dict[str, float]] = {"mse": 1.0}
     summary: ClassVar[str] = "Predict the number that labels a text or a pair of texts."

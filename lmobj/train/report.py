@@ -65,6 +65,7 @@ _QUANTITIES = {
     "bits_per_byte": ("Bits per byte", "held-out bits per byte", "lower"),
     "top5_accuracy": ("Top-5 accuracy", "held-out top-5 accuracy", "higher"),
     "accuracy": ("Accuracy", "held-out accuracy", "higher"),
+    "mse": ("Squared error", "held-out squared error", "lower"),
     "perplexity": ("Perplexity", "held-out perplexity", "lower"),
     "loss": ("Loss", "held-out loss (nats)", "lower"),
 }
@@ -208,7 +209,8 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def _comparison(run: Run) -> list[dict[str, Any]]:
     """The model and the baselines by the metric that the run is judged by, best first, with the width of their bars."""
-    model = run.last(f"eval/{run.judged_by}")
+    best = run.last(f"best/{run.judged_by}")
+    model = run.last(f"eval/{run.judged_by}") if best is None else best
     if not run.compared() or model is None or not math.isfinite(model):
         return []
     rows = [*run.compared(), ("this model", model)]

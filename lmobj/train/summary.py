@@ -71,7 +71,8 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
     figure = run.objective.judged_by
     for name, values in baselines.items():
         tracker.note(f"{name:>10}  {figure} {values[figure]:.4f}")
-    reached = tracker.last(f"eval/{figure}")
+    best = tracker.last(f"best/{figure}")
+    reached = tracker.last(f"eval/{figure}") if best is None else best
     if reached is not None:
         tracker.note(f"{'this model':>10}  {figure} {reached:.4f}")
     for sample in samples[:1]:
