@@ -212,7 +212,8 @@ def _train(
     start = int(state.step)
     unread: tuple[int, StepMetrics] | None = None
     evaluated: dict[str, float] = {}
-    identity = {**run.identity, "frozen": fingerprint(state.frozen)}
+    frozen = fingerprint(state.frozen)
+    identity = run.identity if frozen is None else {**run.identity, "frozen": frozen}
     best = BestSoFar(settings.best, _evaluations(folder, settings.best))
     if best.exhausted:
         return state

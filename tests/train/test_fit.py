@@ -41,7 +41,7 @@ def test_the_run_folder_holds_what_its_module_lists(kind: str, request: pytest.F
     result: FitResult = request.getfixturevalue(kind)
     listed = set(re.findall(r"^(\S+?)/?  +\S", run_folder.__doc__ or "", re.MULTILINE))
     assert {path.name for path in result.run_dir.iterdir()} == listed
-    assert len(listed) == 8
+    assert len(listed) == 9
     assert [path.name for path in sorted((result.run_dir / "checkpoints").iterdir())] == ["12", "8"]
 
 
