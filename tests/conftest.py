@@ -8,11 +8,17 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-# Nearly all of the tests' time is compiling programs that run once: leave out what only makes them faster.
+# Nearly all of the tests' time is compiling programs that run once: leave out what only makes them faster. Most of the
+# rest goes into fusions, which take a second compiler (MLIR) on their way to machine code unless it is told not to; the
+# partitioner, and so all that devices exchange, has done its work by then. A jaxlib that does not know one of these
+# any more ends with "Unknown flag in XLA_FLAGS".
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
 )
 os.environ["XLA_FLAGS"] = " ".join((*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,9 +27,22 @@ _CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import lru_cache  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the workers and the runs to come share them all
+
+_put = lru_cache.LRUCache.put
+
+
+def _put_whole(cache: lru_cache.LRUCache, key: str, value: bytes) -> None:
+    """Writes an entry under another name first: the workers read what each other writes, and must not read a part."""
+    part = f"{key}-{os.getpid()}"
+    _put(cache, part, value)
+    (cache.path / f"{part}{lru_cache._CACHE_SUFFIX}").replace(cache.path / f"{key}{lru_cache._CACHE_SUFFIX}")
+
+
+lru_cache.LRUCache.put = _put_whole
 
 _TESTS_BETWEEN = 20
 _MOST_MAPS = 40_000
