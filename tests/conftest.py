@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -10,15 +11,22 @@ from collections.abc import Iterator
 
 # Nearly all of the tests' time is compiling programs that run once: leave out what only makes them faster. Most of the
 # rest goes into fusions, which take a second compiler (MLIR) on their way to machine code unless it is told not to; the
-# partitioner, and so all that devices exchange, has done its work by then. A jaxlib that does not know one of these
-# any more ends with "Unknown flag in XLA_FLAGS".
+# partitioner, and so all that devices exchange, has done its work by then. A jaxlib that does not know a flag ends with
+# "Unknown flag in XLA_FLAGS", so these are for the line that they were tried with.
+_TRIED = importlib.metadata.version("jaxlib").startswith("0.10.")
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+    *(
+        (
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+            "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+        )
+        if _TRIED
+        else ()
+    ),
 )
 os.environ["XLA_FLAGS"] = " ".join((*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
