@@ -51,12 +51,20 @@ def test_the_data_section_is_a_valid_one(tmp_path: pathlib.Path) -> None:
     assert data.clean.near_duplicates.threshold == 0.8
 
 
+def test_the_task_is_a_valid_config(tmp_path: pathlib.Path) -> None:
+    text = _SECTIONS[1].replace("init: {run: runs/english_encoder}", "model: {name: encoder}")  # of the run
+    assert "init:" not in text
+    (tmp_path / "task.yaml").write_text(text)
+    task = config.load(tmp_path / "task.yaml")
+    assert (task.objective.name, task.adapter.name, task.train.best.patience) == ("classification", "lora", 3)
+
+
 def test_the_mixture_is_a_valid_objective(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "mixture.yaml").write_text(f"model: {{name: encoder}}\n{_SECTIONS[1]}")
+    (tmp_path / "mixture.yaml").write_text(f"model: {{name: encoder}}\n{_SECTIONS[2]}")
     objective = config.load(tmp_path / "mixture.yaml").objective
     assert objective.weighting == "uncertainty"
     assert {name: member.source for name, member in objective.members.items()} == {"lm": "wiki", "nli": "pairs"}
-    (term,) = re.findall(r"train\.coefficients: \{(\S+): ", _SECTIONS[1])
+    (term,) = re.findall(r"train\.coefficients: \{(\S+): ", _SECTIONS[2])
     assert term in objective.coefficients
 
 

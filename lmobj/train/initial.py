@@ -37,7 +37,7 @@ class Init:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    run: str
+    run: str = ""
     """Folder of the earlier run, a path or a URL."""
     best: bool = False
     """Take its best checkpoint (its train.best), not the newest."""
