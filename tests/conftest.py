@@ -31,6 +31,9 @@ _FLAGS = (
 os.environ["XLA_FLAGS"] = " ".join((*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads of PyTorch and NumPy that wait for each other at a spin take the processor from the other worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 
 import jax  # noqa: E402
@@ -51,6 +54,14 @@ def _put_whole(cache: lru_cache.LRUCache, key: str, value: bytes) -> None:
 
 
 lru_cache.LRUCache.put = _put_whole
+
+
+def pytest_collection_finish() -> None:
+    """Looks for garbage more seldom than Python does, and not among what was collected, which is much and stays."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
 
 _TESTS_BETWEEN = 20
 _MOST_MAPS = 40_000

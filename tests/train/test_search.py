@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,27 @@ from tiny_runs import experiment
 from lmobj import config
 from lmobj.errors import UserError
 from lmobj.train.devices import device_kind
-from lmobj.train.forecast import Forecast, Memory, NoRoomError
+from lmobj.train.forecast import Forecast, Memory, NoRoomError, designed
 from lmobj.train.roofline import Roofline
 from lmobj.train.search import Candidate, SearchResult, _Search, search
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.targets import Target, make_target
+
+_DESIGNS: dict[str, Any] = {}
+
+
+def _designed_once(config: Any, target: Target) -> Any:
+    """`designed`: of the target it looks at devices and topology alone, which are the same in all that follows."""
+    key = repr(config)
+    if key not in _DESIGNS:
+        _DESIGNS[key] = designed(config, target)
+    return _DESIGNS[key]
+
+
+@pytest.fixture(autouse=True)
+def _share_designs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The searches below look at the same meshes of the same models."""
+    monkeypatch.setattr(sys.modules["lmobj.train.search"], "designed", _designed_once)
 
 
 def tiny(**model: Any) -> Any:
