@@ -34,6 +34,7 @@ from lmobj.data._tokenizer import Tokenizer
 if TYPE_CHECKING:
     from lmobj.data._dataset import Dataset
     from lmobj.data._prepare import prepare
+    from lmobj.data._progress import progress_bar
     from lmobj.data._rows import HostBatch, Rows
     from lmobj.data._sources import open_corpus
 
@@ -64,11 +65,13 @@ __all__ = [
     "WeightedSource",
     "open_corpus",
     "prepare",
+    "progress_bar",
     "text_rows",
 ]
 
-_LATE = {"Dataset": "_dataset", "HostBatch": "_rows", "Rows": "_rows", "open_corpus": "_sources", "prepare": "_prepare"}
-"""Names whose modules import jax: loaded when asked for, since the processes that tokenise do without."""
+_LATE = {"Dataset": "_dataset", "HostBatch": "_rows", "Rows": "_rows", "open_corpus": "_sources", "prepare": "_prepare",
+         "progress_bar": "_progress"}  # fmt: skip
+"""Names whose modules import jax or rich: loaded when asked for, since the processes that tokenise do without."""
 
 
 def __getattr__(name: str) -> Any:

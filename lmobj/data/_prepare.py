@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from lmobj._cache import cache_name, cache_root
 from lmobj.data._cleaning import Cleaner
@@ -36,6 +36,7 @@ from lmobj.data._dataset import Dataset
 from lmobj.data._extras import versions
 from lmobj.data._finish import finish, sweep
 from lmobj.data._parts import Work, digest_json, temporary_name
+from lmobj.data._progress import progress_bar
 from lmobj.data._runner import Runner, WorkerEndedError, run_here
 from lmobj.data._sampling import train_on_sample
 from lmobj.data._segmentation import Segmenter
@@ -71,7 +72,7 @@ def prepare(config: DataConfig, *, quiet: bool = False, beam: Sequence[str] | No
 
         run = run_beam(beam, _cache_root(config))
     corpora, weights = _open_corpora(config, workers)
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         preparation = _Preparation(config, run, progress, quiet)
         tokenizer = preparation.tokenizer(list(corpora.values()))
         folders = {name: preparation.folder(corpus, tokenizer) for name, corpus in corpora.items()}
@@ -244,19 +245,6 @@ def _lock(path: Path, quiet: bool) -> Iterator[None]:
                 Console(stderr=True).print("another process is preparing this data; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _progress(quiet: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,  # into a file it would write blank lines
-    )
 
 
 def _check(config: DataConfig, dataset: Dataset) -> None:

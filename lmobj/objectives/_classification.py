@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lmobj import losses
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
 from lmobj.objectives._objective import Context, Example, Judge, Models, Terms
+from lmobj.objectives._row_classes import class_sums
 from lmobj.objectives._row_task import RowTask
 
 __all__ = ["Classification"]
@@ -88,16 +88,15 @@ class Classification(RowTask):
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the weighted sum over rows."""
         logits, labels, there = self.outputs(models, example, ctx), example.targets[:, 0], example.weights[:, 0]
-        stats = losses.logit_stats(logits, labels)
-        nll = losses.nll(stats)
-        total = jnp.sum(there)
-        metrics = {"nll": (jnp.sum(nll * there), total), "accuracy": (jnp.sum(stats.correct * there), total)}
-        loss = self._class_weights(labels) * nll
+        nll, accuracy = class_sums(logits, labels, there)
+        loss, _ = class_sums(logits, labels, there * self._class_weights(labels))
         if self.label_smoothing:
             every = self._class_weights(jnp.arange(self.classes))
-            others = jnp.mean(every * -jax.nn.log_softmax(logits.astype(nll.dtype)), axis=-1)
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * others
-        return Terms({"nll": jnp.sum(loss * there)}, metrics, carried, {"logits": logits})
+            precise = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+            others = jnp.mean(every * -jax.nn.log_softmax(precise), axis=-1)
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * jnp.sum(others * there)
+        metrics = {"nll": (nll, accuracy[1]), "accuracy": accuracy}
+        return Terms({"nll": loss}, metrics, carried, {"logits": logits})
 
     def _class_weights(self, labels: Int[Array, "*N"]) -> Float[Array, "*N"]:
         weights = (1.0,) * self.classes if self.class_weights is None else self.class_weights

@@ -413,8 +413,9 @@ def design(
     marks = {role: adapt.trainable(model) for role, model in abstract.items()}
     trained = with_router_losses(objective, abstract)
     schedule = make_schedule(settings.optimizer.schedule, settings.steps)
-    optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=adapt.split(logical_axes(abstract), marks)[0])
-    optimizer = decayed_by_layer(optimizer, settings.layer_decay)
+    axes = adapt.split(logical_axes(abstract), marks)[0]
+    optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=axes)
+    optimizer = decayed_by_layer(optimizer, settings.layer_decay, axes)
     if isinstance(config.adapter, adapt.AdaLoRA):
         optimizer = allocating(optimizer, config.adapter)
     if settings.stochastic_rounding:

@@ -41,7 +41,7 @@ from lmobj.errors import UserError
 from lmobj.train.distributed import agreed, is_first, share
 from lmobj.train.storage import Folder, LocalFolder, Place, StoredFolder, open_folder, working_copy
 
-__all__ = ["Checkpoints", "Restored"]
+__all__ = ["Checkpoints", "Restored", "leaves_by_path"]
 
 logger = logging.getLogger(__name__)
 # Orbax logs what fails in each of its threads with a traceback, and raises it too; once, and in one line, is enough.
@@ -443,11 +443,18 @@ def _orbax_path(folder: Folder) -> epath.Path:
 # --- arrays and files ---------------------------------------------------------------------------------------------
 
 
+def leaves_by_path(state: Any) -> list[tuple[str, Any]]:
+    """(path, leaf) of every leaf of a pytree, by the paths under which checkpoints have them."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+    ]
+
+
 def _flatten(state: Any) -> dict[str, Any]:
     """The arrays of a pytree by path. Containers, empty ones included, come back from the abstract state."""
     arrays: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in leaves_by_path(state):
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise TypeError(f"{name}: a checkpoint holds plain jax.Arrays, not {getattr(leaf, 'dtype', type(leaf))}.")
         if name in arrays:

@@ -70,7 +70,7 @@ class Evaluation:
         """
         known = [one for one in metrics if not one.startswith(TERM)]
         known += TASK_METRICS[self.run.objective.task] if self.run.objective.task else ()
-        known += ["loss"] + ["perplexity"] * ("nll" in metrics) + ["top5_accuracy"] * (self.cloze is not None)
+        known += ["loss", self.run.objective.judged_by] + ["perplexity"] * ("nll" in metrics)
         if self.has_text and name not in known:
             raise UserError(f"train.best.metric is {name!r}; accepted: {', '.join(sorted(set(known)))}.")
 

@@ -20,7 +20,7 @@ from lmobj.errors import UserError
 from lmobj.train import distributed
 from lmobj.train.assemble import Design
 from lmobj.train.best import Best
-from lmobj.train.checkpoint import Checkpoints, Restored
+from lmobj.train.checkpoint import Checkpoints, Restored, leaves_by_path
 from lmobj.train.roles import HEADS
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.step import State
@@ -79,7 +79,7 @@ def fingerprint(frozen: Any) -> str | None:
     if not frozen:
         return None
     sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_bit_sum, tree))(frozen))
-    text = json.dumps({path: int(value) for path, value in _paths("", sums).items()}, sort_keys=True)
+    text = json.dumps({path: int(value) for path, value in leaves_by_path(sums)}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -112,38 +112,30 @@ def inherited_state(run: Design, init: Init) -> tuple[State, str]:
             kind = "ema" if any(path.startswith("ema/") for path in stored) else "params"
             wanted: dict[str, Any] = {}
             for role, model in run.abstract_base.items():
-                fault = _fault(f"{kind}/{role}", model, stored)
+                fault = _fault({kind: {role: model}}, stored)
                 if fault is None:
                     wanted[role] = model
                 elif role != HEADS:
                     raise UserError(f"init.run is {init.run!r}, a run of another model: {fault}; accepted: its own.")
-        found = checkpoints.restore({kind: _as_stored(kind, wanted, stored)}, step=step, whole=False)
+        found = checkpoints.restore(_as_stored({kind: wanted}, stored), step=step, whole=False)
     new = [role for role in run.abstract_base if role not in wanted]
     note = f"Beginning with the weights of {init.run} at step {step}{', and new heads' if new else ''}."
     return run.initial_state(found.state[kind]), note
 
 
-def _fault(prefix: str, model: Any, stored: Mapping[str, list[Any]]) -> str | None:
-    """The first array of a model that is not stored, or in another shape; None if there is none."""
-    for path, leaf in _paths(prefix, model).items():
+def _fault(wanted: Any, stored: Mapping[str, list[Any]]) -> str | None:
+    """The first array wanted that is not stored, or in another shape; None if there is none."""
+    for path, leaf in leaves_by_path(wanted):
         there = stored[path][0] if path in stored else None
         if there != list(leaf.shape):
             return f"{path} is {'absent' if there is None else there} there and {list(leaf.shape)} here"
     return None
 
 
-def _as_stored(kind: str, wanted: dict[str, Any], stored: Mapping[str, list[Any]]) -> dict[str, Any]:
+def _as_stored(wanted: dict[str, Any], stored: Mapping[str, list[Any]]) -> dict[str, Any]:
     """The arrays wanted, in the types in which they are stored."""
     leaves = [
         jax.ShapeDtypeStruct(leaf.shape, stored[path][1], sharding=leaf.sharding)
-        for path, leaf in _paths(kind, wanted).items()
+        for path, leaf in leaves_by_path(wanted)
     ]
     return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
-
-
-def _paths(prefix: str, tree: Any) -> dict[str, Any]:
-    """The leaves by their paths in a checkpoint."""
-    return {
-        f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }

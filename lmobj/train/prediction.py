@@ -17,10 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lmobj.data import MixtureSource, StdlibSource, Tally, TextFiles, open_corpus, text_rows
+from lmobj.data import MixtureSource, StdlibSource, Tally, TextFiles, open_corpus, progress_bar, text_rows
 from lmobj.errors import UserError
 from lmobj.train.trained import TrainedRun
 
@@ -58,7 +56,7 @@ def predict(trained: TrainedRun, inputs: Sequence[str], output: Path, *, quiet: 
     partial = output.with_name(output.name + ".partial")
     done = _whole_lines(partial)
     tally, count = Tally(), done
-    with partial.open("a", encoding="utf-8") as file, _progress(quiet) as progress:
+    with partial.open("a", encoding="utf-8") as file, progress_bar(quiet) as progress:
         task = progress.add_task("predicting", total=corpus.size)
         documents = itertools.islice(((d.text, d.pair) for d in corpus.documents(tally)), done, None)
         while texts := list(itertools.islice(documents, run.config.train.batch_size)):
@@ -109,29 +107,15 @@ def _batch(trained: TrainedRun, texts: Sequence[Text]) -> dict[str, NDArray]:
     """A batch as training has it, filled with empty rows."""
     run = trained.assembly
     rows = text_rows(texts, trained.tokenizer, run.spec, run.spec.length, key="data.length")
-    shape = {name: x.shape for name, x in run.abstract_batch.items()}
     filled = {name: np.zeros(x.shape, x.dtype) for name, x in run.abstract_batch.items()}
     count, length = rows.tokens.shape
     filled["tokens"][:] = run.vocab.pad
     for name, values in (("tokens", rows.tokens), ("segment_ids", rows.segments), ("token_types", rows.types)):
         filled[name][:count, :length] = np.where(rows.segments > 0, values, filled[name][:count, :length])
-    filled["positions"][:] = np.arange(shape["positions"][1]) * filled["segment_ids"]
+    filled["positions"][:] = np.arange(run.spec.length) * filled["segment_ids"]
     return filled
 
 
 def _softmax(logits: NDArray) -> NDArray[np.float64]:
     p = np.exp(logits.astype(np.float64) - np.max(logits))
     return p / np.sum(p)
-
-
-def _progress(quiet: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )

@@ -18,6 +18,7 @@ from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, GRUConfig,
 from lmobj.train import FitResult, TrainConfig
 from lmobj.train.assemble import assemble
 from lmobj.train.layer_decay import decayed_by_layer
+from lmobj.train.sharding import logical_axes
 
 VOCAB = Vocabulary(16, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6)
 SIZES = {"layers": 3, "width": 8, "heads": 2}
@@ -34,10 +35,11 @@ LAYERS, BELOW, ABOVE = [0.125, 0.25, 0.5], 0.0625, 1.0
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_parameter_has_its_depths_factor(family: ModelBuilder) -> None:
-    state = nnx.state(nnx.eval_shape(lambda: family.build(VOCAB, nnx.Rngs(0))))
+    model = nnx.eval_shape(lambda: family.build(VOCAB, nnx.Rngs(0)))
+    state = nnx.state(model)
     ones = {"model": jax.tree.map(lambda x: np.ones(x.shape, np.float32), nnx.to_pure_dict(state))}
     ones["heads"] = {"classifier": {"kernel": np.ones((8, 3), np.float32)}}
-    optimizer = decayed_by_layer(optax.identity(), 0.5)
+    optimizer = decayed_by_layer(optax.identity(), 0.5, logical_axes({"model": model}))
     scaled, _ = optimizer.update(ones, optimizer.init(ones), ones)
     seen = set()
     for path, x in jax.tree_util.tree_flatten_with_path(scaled)[0]:
@@ -57,7 +59,8 @@ def test_layers_that_are_frozen_apart_change_nothing_above_them() -> None:
     model = adapt.apply(FAMILIES[1].build(VOCAB, nnx.Rngs(0)), adapt.Freeze(layers=2), nnx.Rngs(0))
     params, _ = adapt.split(nnx.to_pure_dict(nnx.state(model)), adapt.trainable(model))
     ones = {"model": jax.tree.map(np.ones_like, params)}
-    scaled, _ = decayed_by_layer(optax.identity(), 0.5).update(ones, (optax.EmptyState(), optax.EmptyState()))
+    optimizer = decayed_by_layer(optax.identity(), 0.5, logical_axes({"model": model}))
+    scaled, _ = optimizer.update(ones, optimizer.init(ones))
     kernels = [x for path, x in jax.tree_util.tree_flatten_with_path(scaled)[0] if "'up'" in str(path)]
     assert {float(x.flat[0]) for x in map(np.asarray, kernels)} == {0.5}
 
