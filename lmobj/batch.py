@@ -6,31 +6,51 @@ A batch is a dict of arrays with standard names, rows first:
     segment_ids   [B, L] int32   0 = padding; 1, 2, ... = the documents packed into a row
     positions     [B, L] int32   position inside the segment, from 0
     row_ids       [B, 2] int32   (source id, example id): the address of a row's randomness
-    token_types   [B, L] int32   pairs, examples and stream_pairs: 0 for text A, 1 for text B (stream_pairs: 2 for CLS)
+    token_types   [B, L] int32   pairs, examples, questions and stream_pairs: 0 for text A, 1 for text B
+                                 (stream_pairs: 2 for CLS)
     pair_labels   [B]    int32   pairs and stream_pairs: 0 = B follows A, 1 = it does not (`RowSpec.pairing`)
     backward      [B]    bool    bidirectional streams only: the row reads its text from the end
     word_starts   [B, L] bool    on request: the token begins a word of the text, in whichever direction it is read
     token_bytes   [B, L] int32   on request: UTF-8 bytes that the token stands for (0 for special tokens)
-    labels        [B]    int32   examples only, on request: class of the document
-    scores        [B]    float32 examples only, on request: number that labels the document
+
+and on request, where examples have them:
+
+    labels        [B]    int32   class of the example
+    scores        [B]    float32 number that labels the example
+    tags          [B, L] int32   class of the token, NO_TAG where it has none
+    spans         [B, 2] int32   positions of two tokens: the first and last of an answer
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Int, Key, UInt32
 
 from lmobj.errors import UserError
 
-__all__ = ["LABEL_FIELDS", "Batch", "Layout", "Pairing", "RowSpec", "Vocabulary", "dropout_seeds", "row_keys"]
+__all__ = [
+    "LABEL_FIELDS",
+    "NO_TAG",
+    "Batch",
+    "Layout",
+    "Pairing",
+    "RowArray",
+    "RowSpec",
+    "Vocabulary",
+    "dropout_seeds",
+    "row_arrays",
+    "row_keys",
+]
 
 Batch = dict[str, Array]
 LABEL_FIELDS = {"labels": "int32", "scores": "float32"}
-"""Fields of a RowSpec that are stored with examples, one per row, and their types."""
-Layout = Literal["packed", "pairs", "stream", "single", "examples", "stream_pairs"]
+"""Fields of a RowSpec that are stored with documents, one per row, and their types."""
+NO_TAG = -1
+"""In `tags`: a token that has none."""
+Layout = Literal["packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions"]
 Pairing = Literal["next_sentence", "sentence_order"]
 
 
@@ -81,13 +101,14 @@ class RowSpec:
       document per row, padded; `pairs`: two runs of sentences per row; `stream`: row b of successive batches
       continues the same text, so that a carried memory stays with its text; `examples`: one document per row, one
       text or a pair of texts, cut to fit; `stream_pairs`: a stream whose rows are `reuse` tokens of the text, then two
-      stretches A and B of what follows, of which the next row's `reuse` tokens are the first (XLNet).
+      stretches A and B of what follows, of which the next row's `reuse` tokens are the first (XLNet); `tagged`: one
+      sentence of tagged words per row, cut to fit; `questions`: a question and a window of its context per row.
     length: raw tokens in a row, special tokens included.
     prefix, suffix: special ids put before and after each document (`packed`, `stream`) or each piece (`single`).
-      For `pairs` and `examples` the prefix opens the row and the suffix closes both A and B; for `stream_pairs` the
-      suffix is (SEP, CLS), of which SEP closes A and both close B.
-    fields: further arrays wanted: `word_starts`, `token_bytes`, and with `examples` of labelled data `labels` or
-      `scores`.
+      For `pairs`, `examples` and `questions` the prefix opens the row and the suffix closes both A and B; for
+      `stream_pairs` the suffix is (SEP, CLS), of which SEP closes A and both close B.
+    fields: further arrays wanted: `word_starts`, `token_bytes`, and where examples have them `labels`, `scores`,
+      `tags`, `spans`.
     pairing: of `pairs`; what label 1 means: `next_sentence`: B is from another document (BERT); `sentence_order`: A
       and B are swapped (ALBERT).
     short_rate: of `pairs`; share of rows that are made shorter than `length`, by a length drawn evenly (BERT: 0.1).
@@ -108,6 +129,38 @@ class RowSpec:
     bidirectional: bool = False
     two_texts: bool = False
     source: str | None = None
+
+
+class RowArray(NamedTuple):
+    """An array of a batch: its dtype, and the shape of a row."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def row_arrays(spec: RowSpec) -> dict[str, RowArray]:
+    """Every array of a batch of such rows, by name."""
+    token = (spec.length,)
+    arrays = dict.fromkeys(("tokens", "segment_ids", "positions"), RowArray("int32", token))
+    arrays["row_ids"] = RowArray("int32", (2,))
+    if spec.layout in _TYPED_LAYOUTS:
+        arrays["token_types"] = RowArray("int32", token)
+    if spec.layout in ("pairs", "stream_pairs"):
+        arrays["pair_labels"] = RowArray("int32", ())
+    if spec.bidirectional:
+        arrays["backward"] = RowArray("bool", ())
+    asked = {
+        "word_starts": RowArray("bool", token),
+        "token_bytes": RowArray("int32", token),
+        "tags": RowArray("int32", token),
+        "spans": RowArray("int32", (2,)),
+        **{name: RowArray(dtype, ()) for name, dtype in LABEL_FIELDS.items()},
+    }
+    return arrays | {name: asked[name] for name in spec.fields}
+
+
+_TYPED_LAYOUTS = ("pairs", "examples", "stream_pairs", "questions")
+"""Rows of two texts, or with room for two."""
 
 
 def row_keys(key: Key[Array, ""], row_ids: Int[Array, "B 2"], step: Int[Array, ""] | int) -> Key[Array, " B"]:

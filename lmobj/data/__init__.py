@@ -14,38 +14,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lmobj.data._cleaning_config import CleaningConfig, LanguageFilter, NearDuplicates, SegmentationConfig, StopWords
-from lmobj.data._config import DataConfig, HeldOut, SentencePieceConfig
-from lmobj.data._inputs import Tally
+from lmobj.data._config import DataConfig, HeldOut, SentencePieceConfig, Source
+from lmobj.data._inputs import InputFile, Tally, find_inputs, open_bytes
 from lmobj.data._source_config import (
     JsonLines,
     MixtureSource,
     ParquetFiles,
     SeparatedValues,
     SingleSource,
-    Source,
     StdlibSource,
     TextFiles,
     TfdsSource,
     WeightedSource,
 )
+from lmobj.data._task_source_config import ConllFiles, SquadFiles, TaggedSubwords, TagScheme, TaskSource
 from lmobj.data._text_rows import TextRows, text_rows
-from lmobj.data._tokenizer import Tokenizer
+from lmobj.data._tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from lmobj.data._dataset import Dataset
-    from lmobj.data._prepare import prepare
+    from lmobj.data._prepare import load_tokenizer, prepare
     from lmobj.data._progress import progress_bar
-    from lmobj.data._rows import HostBatch, Rows
+    from lmobj.data._rows import HostBatch, Indices, MemoryRows, Rows
     from lmobj.data._sources import open_corpus
 
 __all__ = [
     "CleaningConfig",
+    "ConllFiles",
     "DataConfig",
     "Dataset",
     "HeldOut",
     "HostBatch",
+    "Indices",
+    "InputFile",
     "JsonLines",
     "LanguageFilter",
+    "MemoryRows",
     "MixtureSource",
     "NearDuplicates",
     "ParquetFiles",
@@ -55,26 +59,40 @@ __all__ = [
     "SeparatedValues",
     "SingleSource",
     "Source",
+    "SquadFiles",
     "StdlibSource",
     "StopWords",
+    "TagScheme",
+    "TaggedSubwords",
     "Tally",
+    "TaskSource",
     "TextFiles",
     "TextRows",
     "TfdsSource",
     "Tokenizer",
     "WeightedSource",
+    "find_inputs",
+    "load_tokenizer",
+    "open_bytes",
     "open_corpus",
     "prepare",
     "progress_bar",
     "text_rows",
+    "train_tokenizer",
 ]
 
-_LATE = {"Dataset": "_dataset", "HostBatch": "_rows", "Rows": "_rows", "open_corpus": "_sources", "prepare": "_prepare",
-         "progress_bar": "_progress"}  # fmt: skip
-"""Names whose modules import jax or rich: loaded when asked for, since the processes that tokenise do without."""
+_LATE = {
+    "_dataset": ("Dataset",),
+    "_prepare": ("load_tokenizer", "prepare"),
+    "_progress": ("progress_bar",),
+    "_rows": ("HostBatch", "Indices", "MemoryRows", "Rows"),
+    "_sources": ("open_corpus",),
+}
+"""Modules that import jax or rich, and their names: loaded when asked for, since the processes that tokenise do without."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    for module, names in _LATE.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
-from lmobj.data._source_config import MixtureSource, SingleSource, Source, StdlibSource, TfdsSource, check_choice
+from lmobj.data._source_config import MixtureSource, SingleSource, StdlibSource, TfdsSource, check_choice
+from lmobj.data._task_source_config import TaskSource
 from lmobj.errors import UserError
 
-__all__ = ["DataConfig", "HeldOut", "SentencePieceConfig"]
+__all__ = ["DataConfig", "HeldOut", "SentencePieceConfig", "Shares", "Source"]
+
+Source = SingleSource | TaskSource | MixtureSource
 
 _DEFAULT_VOCAB_SIZE = 4096
 
@@ -57,6 +61,14 @@ class Shares(NamedTuple):
     validation: float
     test: float
 
+    def split(self, text: str) -> str:
+        """The split of a document: where the hash of its (first) text falls in [0, 1)."""
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "little") / 2**64
+        if place < self.test:
+            return "test"
+        return "validation" if place < self.test + self.validation else "train"
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -72,7 +84,7 @@ class HeldOut:
     split: str | None = None
     """Of a TFDS data set, the split in place of data.source.split."""
 
-    def source(self, source: Source, key: str) -> SingleSource:
+    def source(self, source: Source, key: str) -> SingleSource | TaskSource:
         """Where they come from. `key` names the setting in messages."""
         if isinstance(source, MixtureSource | StdlibSource):
             raise UserError(
@@ -133,7 +145,7 @@ class DataConfig:
         return Shares(*(0.0 if isinstance(value, HeldOut) else value for value in (self.validation, self.test)))
 
     @property
-    def held_out(self) -> dict[str, SingleSource]:
+    def held_out(self) -> dict[str, SingleSource | TaskSource]:
         """The sources of the splits that have documents of their own."""
         given = {"validation": self.validation, "test": self.test}
         return {

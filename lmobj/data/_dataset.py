@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmobj.batch import LABEL_FIELDS, RowSpec, Vocabulary
+from lmobj.data._document_rows import DocumentRows, RowSource
 from lmobj.data._epochs import Epochs
 from lmobj.data._mixture import PERIOD, InOrder, Mixture
 from lmobj.data._prepared import SPLITS, Prepared
-from lmobj.data._rows import HostBatch, Indices, Rows, RowSource
+from lmobj.data._rows import HostBatch, Indices, Rows
 from lmobj.data._shards import TokenStore
 from lmobj.data._stream_plan import STREAM_LAYOUTS
+from lmobj.data._task_source_config import TASK_SOURCES
 from lmobj.data._tokenizer import Tokenizer
 from lmobj.errors import UserError
 
@@ -159,7 +161,7 @@ class Dataset:
             for name, count in zip(names, order.counts, strict=True)
         ]
         in_order = InOrder([source.epochs.per_epoch for source in sources])
-        return Rows(sources, in_order if once else order, self.tokenizer, spec, batch_size=batch_size)
+        return DocumentRows(sources, in_order if once else order, self.tokenizer, spec, batch_size=batch_size)
 
     def labels(self, spec: RowSpec, split: str = "train") -> NDArray:
         """The label of every document of a split that rows of `spec` read, [N]."""
@@ -197,6 +199,11 @@ class Dataset:
     def _check(self, spec: RowSpec, batch_size: int) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size is {batch_size}; accepted: 1 or more rows.")
+        if wanted := TASK_SOURCES.get(spec.layout):
+            raise UserError(
+                f"the objective reads {wanted.holds}, and the data of data.source has texts; accepted: "
+                f"data.source.name={wanted.name}, or an objective for texts."
+            )
         for name in spec.fields:
             if name not in _FIELDS:
                 raise UserError(f"RowSpec.fields has {name!r}; accepted: {', '.join(_FIELDS)}.")

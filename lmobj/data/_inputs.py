@@ -16,7 +16,7 @@ import fsspec
 
 from lmobj.errors import UserError
 
-__all__ = ["InputFile", "Tally", "find_inputs", "hash_inputs"]
+__all__ = ["InputFile", "Tally", "find_inputs", "hash_inputs", "open_bytes"]
 
 _BUFFER = 1 << 20
 

@@ -42,11 +42,12 @@ from lmobj.data._sampling import train_on_sample
 from lmobj.data._segmentation import Segmenter
 from lmobj.data._source_config import MixtureSource
 from lmobj.data._sources import open_corpus
+from lmobj.data._task_source_config import TaskSource
 from lmobj.data._tokenizer import Tokenizer
 from lmobj.data._work import Selection, SignDocuments, WriteShards, decide_duplicates
 from lmobj.errors import UserError
 
-__all__ = ["prepare"]
+__all__ = ["load_tokenizer", "prepare"]
 
 _FORMAT = 2
 """Raised when the same inputs and settings would be stored otherwise."""
@@ -71,6 +72,10 @@ def prepare(config: DataConfig, *, quiet: bool = False, beam: Sequence[str] | No
         from lmobj.data._beam import run_beam
 
         run = run_beam(beam, _cache_root(config))
+    if isinstance(config.source, TaskSource):
+        raise UserError(
+            f"data.source.name is {config.source.name!r}, which has {config.source.holds}; accepted: a source of texts."
+        )
     corpora, weights = _open_corpora(config, workers)
     with progress_bar(quiet) as progress:
         preparation = _Preparation(config, run, progress, quiet)
@@ -86,6 +91,7 @@ def prepare(config: DataConfig, *, quiet: bool = False, beam: Sequence[str] | No
 
 def _open_corpora(config: DataConfig, workers: int) -> tuple[dict[str, Corpus], dict[str, float]]:
     """The corpora by the names of their sources (a single one has none), and their weights."""
+    assert not isinstance(config.source, TaskSource)
     if not isinstance(config.source, MixtureSource):
         return {"": open_corpus(config.source, workers)}, {"": 1.0}
     sources = config.source.sources
@@ -98,7 +104,11 @@ def _open_corpora(config: DataConfig, workers: int) -> tuple[dict[str, Corpus], 
 
 def _held_out(config: DataConfig, workers: int) -> dict[str, Corpus]:
     """The corpora of the splits that have documents of their own."""
-    return {split: open_corpus(source, workers, f"data.{split}") for split, source in config.held_out.items()}
+    return {
+        split: open_corpus(source, workers, f"data.{split}")
+        for split, source in config.held_out.items()
+        if not isinstance(source, TaskSource)
+    }
 
 
 def _cache_root(config: DataConfig) -> Path:
@@ -123,7 +133,7 @@ class _Preparation:
     def tokenizer(self, corpora: list[Corpus]) -> Tokenizer:
         """The tokenizer that is loaded, or trained on the training text of all corpora."""
         if self._config.tokenizer.path is not None:
-            return _load_tokenizer(self._config)
+            return load_tokenizer(self._config)
         corpora = sorted(corpora, key=lambda corpus: digest_json(corpus.identity))
         settings = self._text_settings() | {
             "format": _FORMAT,
@@ -171,7 +181,7 @@ class _Preparation:
         """What is kept of a corpus. Finds its duplicates first, if they are to be dropped."""
         clean = self._config.clean
         Cleaner(clean).check()
-        selection = Selection(*self._config.shares, clean)
+        selection = Selection(self._config.shares, clean)
         if not clean.finds_duplicates:
             return selection
         settings = {"format": _FORMAT, "source": corpus.identity, "clean": _settings(clean)}
@@ -217,7 +227,8 @@ def _settings(config: CleaningConfig | SegmentationConfig) -> dict[str, Any]:
     return settings | {"versions": versions(config.packages)} if config.packages else settings
 
 
-def _load_tokenizer(config: DataConfig) -> Tokenizer:
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer in `data.tokenizer.path`. UserError if it is not of the size that is asked for."""
     assert config.tokenizer.path is not None
     tokenizer = Tokenizer.load(Path(os.path.expanduser(config.tokenizer.path)))
     asked = config.tokenizer.vocab_size

@@ -1,28 +1,23 @@
-"""Batches of one split under one RowSpec: the fragments of its rows, the tokens they point to, and threads that read
-ahead.
+"""Batches of one split under one RowSpec, addressed by step, and threads that read ahead.
 
-Batch s is made of global rows s * B ... s * B + B - 1. A row belongs to a source and has a number within it: in the
-training split by the table of the mixture, in the others source after source. Nothing else decides its content, so any
-step can be read first, and processes that read shares of a batch read the same batch.
+Batch s is made of global rows s * B ... s * B + B - 1. Nothing but its number decides what a row holds, so any step can
+be read first, and processes that read shares of a batch read the same batch.
 """
 
 from __future__ import annotations
 
+import abc
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from lmobj.batch import LABEL_FIELDS, RowSpec
-from lmobj.data._epochs import Epochs
-from lmobj.data._mixture import InOrder, Mixture
-from lmobj.data._plan import Fragments, Ints, ragged
-from lmobj.data._tokenizer import Tokenizer
+from lmobj.batch import RowSpec
+from lmobj.data._plan import Ints, epoch_key, shuffle_rows
 
-__all__ = ["HostBatch", "RowSource", "Rows"]
+__all__ = ["HostBatch", "Indices", "MemoryRows", "Rows", "row_number"]
 
 HostBatch = dict[str, NDArray]
 """A batch in NumPy arrays on the host, with the names of `lmobj.batch`."""
@@ -33,39 +28,20 @@ _READ_AHEAD = 8
 _READ_THREADS = 2
 
 
-@dataclass(frozen=True)
-class RowSource:
-    """One source of a batch's rows."""
+class Rows(abc.ABC):
+    """The rows of one split under one RowSpec, addressed by global row or by step."""
 
-    number: int
-    """The source id in `row_ids`."""
-    epochs: Epochs
-    """Its rows."""
-    labels: NDArray | None = None
-    """[N] label of each document, where the RowSpec asks for it."""
-
-
-class Rows:
-    """The rows of one split under one RowSpec, addressed by global row or by step. See `Dataset.rows`."""
-
-    def __init__(
-        self,
-        sources: Sequence[RowSource],
-        order: Mixture | InOrder,
-        tokenizer: Tokenizer,
-        spec: RowSpec,
-        *,
-        batch_size: int,
-    ):
-        """order: which row of which of `sources` stands in each place."""
+    def __init__(self, spec: RowSpec, per_epoch: int, *, batch_size: int, once: bool):
         self.spec = spec
         self.batch_size = batch_size
-        self.once = isinstance(order, InOrder)
-        self.per_epoch = sum(source.epochs.per_epoch for source in sources)
-        """Rows in an epoch; of a mixture, in one of each source."""
-        self._sources = sources
-        self._order = order
-        self._tokenizer = tokenizer
+        self.once = once
+        """Whether the split ends with its last row, instead of beginning again."""
+        self.per_epoch = per_epoch
+        """Rows in an epoch."""
+
+    @abc.abstractmethod
+    def _assemble(self, rows: Ints) -> HostBatch:
+        """The batch of these global rows; those beyond the end of a split that is read once are empty."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,75 +78,52 @@ class Rows:
         finally:
             batches.close()
 
-    def _assemble(self, rows: Ints) -> HostBatch:
-        source, number = self._order.locate(rows)
-        backward = np.zeros(len(rows), np.bool_)
-        found: list[tuple[RowSource, Fragments]] = []
-        for index in np.unique(source).tolist():
-            here = np.flatnonzero(source == index)
-            at = self._sources[index].epochs.lookup(number[here])
-            found.append((self._sources[index], at._replace(row=here[at.row])))
-            backward[here] = self._sources[index].epochs.backward(number[here])
-        at = Fragments.joined([part for _, part in found])
-        spec, shape = self.spec, (len(rows), self.spec.length)
-        tokens = np.full(shape, self._tokenizer.vocabulary.pad, np.int32)
-        segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        first, way = _first_places(at, backward, spec.length)
-        text = first + way * at.head_count
-        tokens.reshape(-1)[_spread(text, at.length, way)] = np.concatenate(
-            [source.epochs.store.gather(part.document, part.offset, part.length) for source, part in found]
-        )
-        _put_specials(tokens, spec.prefix, first, at.head_from, at.head_count, way)
-        _put_specials(tokens, spec.suffix, text + way * at.length, at.tail_from, at.tail_count, way)
-        fragment, nth = ragged(at.head_count + at.length + at.tail_count)
-        where = (at.row * spec.length + at.column)[fragment] + nth
-        segments.reshape(-1)[where] = at.segment[fragment]
-        positions.reshape(-1)[where] = at.position[fragment] + nth
-        ids = np.array([source.number for source in self._sources])
-        # 31 bits of a row's number address its randomness; the step is folded in beside them.
-        row_ids = np.stack([ids[source], number & 0x7FFFFFFF], axis=1).astype(np.int32)
-        batch: HostBatch = {"tokens": tokens, "segment_ids": segments, "positions": positions, "row_ids": row_ids}
-        if spec.layout in ("pairs", "examples", "stream_pairs"):
-            token_types = np.zeros(shape, np.int32)
-            token_types.reshape(-1)[where] = at.token_type[fragment]
-            batch["token_types"] = token_types
-        if spec.layout in ("pairs", "stream_pairs"):
-            batch["pair_labels"] = np.zeros(len(rows), np.int32)
-            batch["pair_labels"][at.row] = at.pair_label
-        if spec.bidirectional:
-            batch["backward"] = backward
-        if "word_starts" in spec.fields:
-            batch["word_starts"] = self._word_starts(tokens, segments, found, backward)
-        if "token_bytes" in spec.fields:
-            batch["token_bytes"] = np.where(segments > 0, self._tokenizer.piece_bytes[tokens], 0).astype(np.int32)
-        for name, dtype in LABEL_FIELDS.items():
-            if name in spec.fields:
-                batch[name] = _labels(np.zeros(len(rows), dtype), found)
-        return batch
 
-    def _word_starts(
+class MemoryRows(Rows):
+    """Rows that are all in memory, in each epoch in an order of its own, or once in the order that they have."""
+
+    def __init__(
         self,
-        tokens: NDArray[np.int32],
-        segments: NDArray[np.int32],
-        found: list[tuple[RowSource, Fragments]],
-        backward: NDArray[np.bool_],
-    ) -> NDArray[np.bool_]:
-        """By the tokenizer's rule, but for text whose words were found when it was prepared. The first token of such a
-        fragment begins a word too: it comes after a special token, or is the first of its segment.
-
-        Rows that read their text backwards say the same of their tokens: which begin a word of the text.
+        arrays: HostBatch,
+        spec: RowSpec,
+        *,
+        batch_size: int,
+        once: bool,
+        fingerprint: str,
+        seed: int,
+        empty: HostBatch,
+    ):
         """
-        starts = self._tokenizer.word_starts(_turned(tokens, backward), _turned(segments, backward))
-        starts = _turned(starts, backward)
-        for source, at in found:
-            store = source.epochs.store
-            if store.has_word_starts:
-                first, way = _first_places(at, backward, self.spec.length)
-                text = first + way * at.head_count
-                flat = starts.reshape(-1)
-                flat[_spread(text, at.length, way)] = store.word_starts(at.document, at.offset, at.length)
-                flat[text[at.length > 0]] = True
-        return starts
+        Args:
+          arrays: all rows, with the names of `lmobj.batch` but for `row_ids`.
+          spec: what they are.
+          batch_size: rows of the global batch.
+          once: they are read once, in order; else without end.
+          fingerprint, seed: decide the order.
+          empty: of each array one row that stands for none.
+        """
+        super().__init__(spec, len(arrays["tokens"]), batch_size=batch_size, once=once)
+        self._arrays = {name: np.concatenate([values, empty[name][None]]) for name, values in arrays.items()}
+        self._fingerprint, self._seed = fingerprint, seed
+
+    def _assemble(self, rows: Ints) -> HostBatch:
+        if self.once:
+            places = np.minimum(rows, self.per_epoch)
+        else:
+            epochs = rows // self.per_epoch
+            places = rows - epochs * self.per_epoch
+            for epoch in np.unique(epochs).tolist():
+                here = epochs == epoch
+                key = epoch_key(self._fingerprint, self._seed, epoch, "rows")
+                places[here] = shuffle_rows(places[here], self.per_epoch, key)
+        batch = {name: values[places] for name, values in self._arrays.items()}
+        row_ids = np.stack([np.zeros_like(rows), row_number(rows)], axis=1).astype(np.int32)
+        return batch | {"row_ids": row_ids}
+
+
+def row_number(rows: Ints) -> Ints:
+    """What of a row's number addresses its randomness, beside the step: 31 bits."""
+    return rows & 0x7FFFFFFF
 
 
 class _Steps:
@@ -184,38 +137,3 @@ class _Steps:
 
     def __getitem__(self, step: int) -> HostBatch:
         return self._rows.batch(step, self._local)
-
-
-def _labels(values: NDArray, found: list[tuple[RowSource, Fragments]]) -> NDArray:
-    """The label of each row's document written into `values`, [B]; empty rows keep theirs."""
-    for source, at in found:
-        assert source.labels is not None
-        values[at.row] = source.labels[at.document]
-    return values
-
-
-def _turned(values: NDArray, backward: NDArray[np.bool_]) -> NDArray:
-    """[B, L] values with the columns of backward rows in the reverse order."""
-    return np.where(backward[:, None], values[:, ::-1], values)
-
-
-def _first_places(at: Fragments, backward: NDArray[np.bool_], length: int) -> tuple[Ints, Ints]:
-    """The place of each fragment's first token in the flat batch, and the step to the next: -1 in backward rows, which
-    have the first token of the text last."""
-    begin, size = at.row * length + at.column, at.head_count + at.length + at.tail_count
-    return np.where(backward[at.row], begin + size - 1, begin), np.where(backward[at.row], -1, 1)
-
-
-def _spread(begin: Ints, count: Ints, step: Ints) -> Ints:
-    """The indices begin, begin + step, ... of every run, end to end."""
-    run, nth = ragged(count)
-    return begin[run] + step[run] * nth
-
-
-def _put_specials(
-    tokens: NDArray[np.int32], special: tuple[int, ...], begin: Ints, start: Ints, count: Ints, step: Ints
-) -> None:
-    """Writes special[start : start + count] from each `begin` of the flat tokens on, in steps of `step`."""
-    if special:
-        run, nth = ragged(count)
-        tokens.reshape(-1)[begin[run] + step[run] * nth] = np.array(special, np.int32)[start[run] + nth]

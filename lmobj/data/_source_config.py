@@ -14,12 +14,12 @@ __all__ = [
     "ParquetFiles",
     "SeparatedValues",
     "SingleSource",
-    "Source",
     "StdlibSource",
     "TextFiles",
     "TfdsSource",
     "WeightedSource",
     "check_choice",
+    "check_files",
 ]
 
 
@@ -51,7 +51,7 @@ class TextFiles:
     """Bytes that are not UTF-8: `strict` stops and names them, `replace` reads them as U+FFFD."""
 
     def __post_init__(self) -> None:
-        _check_files(self.files)
+        check_files(self.files)
         check_choice("data.source.documents", self.documents, ("file", "blocks"))
         check_choice("data.source.errors", self.errors, ("strict", "replace"))
 
@@ -97,7 +97,7 @@ class JsonLines(_Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_files(self.files)
+        check_files(self.files)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class ParquetFiles(_Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_files(self.files)
+        check_files(self.files)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class SeparatedValues(_Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_files(self.files)
+        check_files(self.files)
         if len(self.separator) != 1 or self.separator in '\r\n"':
             raise UserError(
                 f"data.source.separator is {self.separator!r}; accepted: one character, a tab or a comma say."
@@ -197,9 +197,6 @@ class MixtureSource:
             raise UserError("data.source.sources is empty; accepted: one or more named sources, each with a weight.")
 
 
-Source = SingleSource | MixtureSource
-
-
 def check_choice(key: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
     """Raises UserError if `value` is none of those accepted."""
     if value not in accepted:
@@ -207,6 +204,7 @@ def check_choice(key: str, value: str | None, accepted: tuple[str | None, ...]) 
         raise UserError(f"{key} is {value!r}; accepted: {', '.join(names)}.")
 
 
-def _check_files(files: tuple[str, ...]) -> None:
+def check_files(files: tuple[str, ...]) -> None:
+    """Raises UserError if a source names no files."""
     if not files:
         raise UserError("data.source.files is empty; accepted: one or more paths, glob patterns or URLs of files.")

@@ -6,7 +6,6 @@ none of it imports jax.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from lmobj.data._cleaning import Cleaner, Counts, add_counts, dropped
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
+from lmobj.data._config import Shares
 from lmobj.data._corpus import Document
 from lmobj.data._duplicates import Duplicates, Signature, signature
 from lmobj.data._parts import Part, digest_file, temporary_name, utf8_size, write_json
@@ -36,8 +36,7 @@ _ENCODE_BYTES = 1024 * 1024
 class Selection:
     """Which documents of a part are kept, what they are once cleaned, and in which split."""
 
-    validation: float
-    test: float
+    shares: Shares
     clean: CleaningConfig
     duplicates: Path | None = None
     """Holds what `decide_duplicates` decided, where duplicates are dropped."""
@@ -53,7 +52,7 @@ class Selection:
                 if counts is not None:
                     add_counts(counts, {step: dropped(document.text, document.pair)})
                 continue
-            yield self.split(document.text), document
+            yield self.shares.split(document.text), document
 
     def cleaned(self, part: Part, counts: Counts | None = None) -> Iterator[Document]:
         """The documents that are left when each was cleaned on its own."""
@@ -67,14 +66,6 @@ class Selection:
                 add_counts(counts, changes)
             if text is not None:
                 yield Document(text, pair, document.label)
-
-    def split(self, text: str) -> str:
-        """The split of a document: where the hash of its (first) text falls in [0, 1)."""
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        place = int.from_bytes(digest, "little") / 2**64
-        if place < self.test:
-            return "test"
-        return "validation" if place < self.test + self.validation else "train"
 
 
 @dataclass(frozen=True)

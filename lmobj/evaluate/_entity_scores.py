@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lmobj.data import TagScheme
 from lmobj.errors import UserError
-from lmobj.tasks import TagScheme, decode_tags
+from lmobj.tasks import decode_tags
 
 __all__ = ["EntityReport", "EntityScore", "score_entities"]
 

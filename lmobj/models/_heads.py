@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from lmobj.models._layers import ACTIVATIONS, Activation, Embedding, Init, LayerNorm, Linear
 from lmobj.partition import constrain
 
-__all__ = ["HeadStyle", "PairHead", "SpanBoundaryHead"]
+__all__ = ["HeadStyle", "PairHead", "SpanBoundaryHead", "TokenHead"]
 
 _ROW_AXES = ("batch", "activation_embed")
 """A vector for each row. Left alone, the partitioner may gather it to meet a matrix that is spread over `embed`."""
@@ -85,3 +85,14 @@ class SpanBoundaryHead(nnx.Module):
         x = jnp.concatenate([left, right, self.offsets(offset, left.dtype)], axis=-1)
         x = self.first_norm(act(self.first(x)))
         return self.second_norm(act(self.second(x)))
+
+
+class TokenHead(nnx.Module):
+    """Logits of each token by a linear map of its hidden state: classes, or the ends of a span (Devlin et al. 2019)."""
+
+    def __init__(self, style: HeadStyle, out: int, rngs: nnx.Rngs) -> None:
+        self.classifier = style.dense(style.width, out, rngs)
+
+    def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L C"]:
+        """The logits."""
+        return constrain(self.classifier(hidden), ("batch", "length", None))

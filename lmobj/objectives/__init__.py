@@ -2,6 +2,7 @@
 
 from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
+from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._mixture import Member, Mixture
@@ -27,6 +28,7 @@ from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from lmobj.objectives._span_boundary import SpanBoundary
+from lmobj.objectives._token_classification import TokenClassification
 from lmobj.objectives._transformer_xl import TransformerXL
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Classification",
     "Context",
     "Example",
+    "ExtractiveQA",
     "Judge",
     "MaskedLM",
     "Member",
@@ -56,6 +59,7 @@ __all__ = [
     "Task",
     "TermKind",
     "Terms",
+    "TokenClassification",
     "TransformerXL",
     "denominators",
     "loss_fn",

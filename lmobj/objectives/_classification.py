@@ -23,7 +23,7 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
 from lmobj.objectives._objective import Context, Example, Judge, Models, Terms
-from lmobj.objectives._row_classes import class_sums
+from lmobj.objectives._row_classes import check_class_count, check_classes_found, class_sums
 from lmobj.objectives._row_task import RowTask
 
 __all__ = ["Classification"]
@@ -54,8 +54,7 @@ class Classification(RowTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.classes < 2:
-            raise UserError(f"objective.classes is {self.classes}; it must be at least 2.")
+        check_class_count(self.classes)
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
         weights = self.class_weights
@@ -69,13 +68,7 @@ class Classification(RowTask):
 
     def check_classes(self, classes_of: Callable[[str | None], Sequence[str]]) -> None:
         """Refuses data whose classes are not as many as this objective's."""
-        names = classes_of(None)
-        if len(names) != self.classes:
-            accepted = "other data" if len(names) < 2 else f"objective.classes={len(names)}, or other data"
-            raise UserError(
-                f"objective.classes is {self.classes}, but the data has {len(names)} classes ({', '.join(names)}); "
-                f"accepted: {accepted}."
-            )
+        check_classes_found(self.classes, classes_of(None))
 
     def build_heads(self, style: HeadStyle, vocab: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
         """BERT's pooler and the classes."""

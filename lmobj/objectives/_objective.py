@@ -40,8 +40,8 @@ Models = Mapping[str, nnx.Module]
 Rows = RowSpec | Mapping[str, RowSpec]
 """The rows of one batch, or of each batch of a mixture by the names of its members."""
 
-Judge = Literal["loss", "bits_per_byte", "top5_accuracy", "accuracy", "mse"]
-Task = Literal["classification", "regression"]
+Judge = Literal["loss", "bits_per_byte", "top5_accuracy", "accuracy", "mse", "entity_f1", "f1"]
+Task = Literal["classification", "regression", "token_classification", "extractive_qa"]
 
 Metric = tuple[Array, Array]
 """(sum, weight): added over rows, microbatches and devices, divided once when it is logged."""
@@ -168,7 +168,8 @@ class Objective:
     @property
     def judged_by(self) -> Judge:
         """The held-out figure that says most about a model of this objective: `bits_per_byte`, beside n-gram models,
-        `top5_accuracy` on masked words, beside a unigram, or `accuracy` or `mse`, beside always the same answer."""
+        `top5_accuracy` on masked words, beside a unigram, or what a task is scored by, beside an answer that does not
+        look at the text."""
         return "loss"
 
     @property

@@ -1,15 +1,18 @@
-"""What the objectives that tell classes of whole rows share."""
+"""What the objectives that tell classes share."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmobj import losses
 from lmobj.batch import Batch
+from lmobj.errors import UserError
 from lmobj.objectives._objective import Metric
 
-__all__ = ["class_sums", "row_weights"]
+__all__ = ["check_class_count", "check_classes_found", "class_sums", "row_weights"]
 
 
 def row_weights(batch: Batch) -> Float[Array, " B"]:
@@ -23,3 +26,19 @@ def class_sums(
     """Over rows: the weighted sum of -log softmax(logits)[label], and the metric of how often the label is the best."""
     stats = losses.logit_stats(logits, labels)
     return jnp.sum(losses.nll(stats) * weights), (jnp.sum(stats.correct * weights), jnp.sum(weights))
+
+
+def check_class_count(classes: int) -> None:
+    """Refuses `objective.classes` below 2."""
+    if classes < 2:
+        raise UserError(f"objective.classes is {classes}; it must be at least 2.")
+
+
+def check_classes_found(classes: int, names: Sequence[str]) -> None:
+    """Refuses data whose classes are not as many as `objective.classes`."""
+    if len(names) != classes:
+        accepted = "other data" if len(names) < 2 else f"objective.classes={len(names)}, or other data"
+        raise UserError(
+            f"objective.classes is {classes}, but the data has {len(names)} classes ({', '.join(names)}); accepted: "
+            f"{accepted}."
+        )

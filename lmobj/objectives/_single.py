@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
+from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._regression import Regression
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from lmobj.objectives._span_boundary import SpanBoundary
+from lmobj.objectives._token_classification import TokenClassification
 from lmobj.objectives._transformer_xl import TransformerXL
 
 __all__ = ["SingleObjective"]
@@ -17,6 +19,7 @@ __all__ = ["SingleObjective"]
 SingleObjective = (
     CausalLM
     | Classification
+    | ExtractiveQA
     | MaskedLM
     | NextSentencePrediction
     | PermutationLM
@@ -24,5 +27,6 @@ SingleObjective = (
     | ReplacedTokenDetection
     | SentenceOrderPrediction
     | SpanBoundary
+    | TokenClassification
     | TransformerXL
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmobj.data import open_bytes
 from lmobj.errors import UserError
 
 __all__ = ["field", "json_rows", "lines", "read_json"]
@@ -25,7 +26,7 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
       UserError: a file that cannot be read, or bytes that are not UTF-8.
     """
     try:
-        with open(path, "rb") as file:
+        with open_bytes(str(path)) as file:
             for number, raw in enumerate(file, 1):
                 yield number, _text(path, number, raw.removeprefix(_MARK) if number == 1 else raw)
     except (OSError, ValueError) as error:

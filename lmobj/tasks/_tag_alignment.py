@@ -7,18 +7,15 @@ usual other way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lmobj.data import TaggedSubwords, TagScheme
 from lmobj.errors import UserError
-from lmobj.tasks._tag_schemes import Letters, TagScheme, letters_of, split_tag
+from lmobj.tasks._tag_schemes import Letters, letters_of, split_tag
 
-__all__ = ["TaggedSubwords", "align_tags", "encode_words", "tag_ids", "word_tags"]
-
-TaggedSubwords = Literal["first", "all"]
-"""Which subwords of a word have a tag."""
+__all__ = ["align_tags", "encode_words", "tag_ids", "word_tags"]
 
 
 def encode_words(

@@ -16,13 +16,12 @@ in Named Entity Recognition" (first and last tags).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from lmobj.data import TagScheme
 from lmobj.errors import UserError
 
-__all__ = ["Entity", "Letters", "TagScheme", "check_tags", "decode_tags", "encode_tags", "letters_of", "split_tag"]
-
-TagScheme = Literal["bio", "iob1", "bioes", "bmes"]
+__all__ = ["Entity", "Letters", "check_tags", "decode_tags", "encode_tags", "letters_of", "scheme_tags", "split_tag"]
 
 
 class Entity(NamedTuple):
@@ -137,6 +136,12 @@ _RULE: dict[TagScheme, str] = {
     "bioes": "B- to E- for several words, S- for one",
     "bmes": "B- to E- for several words, S- for one",
 }
+
+
+def scheme_tags(kind: str, scheme: TagScheme = "bio") -> list[str]:
+    """The tags that a scheme has for a type of entity, each once: B-X, I-X."""
+    letters = dict.fromkeys(("B", *letters_of(scheme)))
+    return [f"{letter}-{kind}" if kind else letter for letter in letters]
 
 
 def letters_of(scheme: TagScheme) -> Letters:

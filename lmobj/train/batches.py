@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from numpy.typing import NDArray
 
-from lmobj.batch import LABEL_FIELDS, RowSpec
+from lmobj.batch import RowSpec, row_arrays
 from lmobj.data import HostBatch
 from lmobj.data import Rows as DataRows
 
@@ -37,20 +37,10 @@ def unnamed(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def batch_shapes(rows: RowSpec, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of a batch of such rows (see `lmobj.batch`)."""
-    per_token = dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
-    shapes = {"row_ids": jax.ShapeDtypeStruct((batch_size, 2), jnp.int32)}
-    for name in rows.fields:
-        if name in LABEL_FIELDS:
-            shapes[name] = jax.ShapeDtypeStruct((batch_size,), jnp.dtype(LABEL_FIELDS[name]))
-        else:
-            per_token[name] = jnp.bool_ if name == "word_starts" else jnp.int32
-    if rows.layout in ("pairs", "examples", "stream_pairs"):
-        per_token["token_types"] = jnp.int32
-    if rows.layout in ("pairs", "stream_pairs"):
-        shapes["pair_labels"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    if rows.bidirectional:
-        shapes["backward"] = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
-    return shapes | {name: jax.ShapeDtypeStruct((batch_size, rows.length), x) for name, x in per_token.items()}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape), jnp.dtype(array.dtype))
+        for name, array in row_arrays(rows).items()
+    }
 
 
 def local_rows(sharding: NamedSharding, size: int) -> Local:

@@ -186,7 +186,7 @@ class Program:
         self, state: State, frozen: Params, batch: Batch, carried: Any = ()
     ) -> tuple[StepMetrics, Any, dict[str, Array]]:
         """Metrics of one batch with fixed keys and no dropout, each term (sum, weight) as well; what is carried on; and
-        of tasks the model's outputs, with `targets` and `weights` beside them.
+        of tasks the model's outputs, with `targets` beside them, and which rows are `there` and not empty.
 
         The weights are without a term's epsilon, which belongs to the quotient of the whole split's sums.
         """
@@ -199,7 +199,8 @@ class Program:
         sums = {f"{TERM}{name}": (total, weights[name]) for name, total in terms.sums.items()}
         outputs = dict(terms.outputs)
         if outputs:
-            outputs |= {"targets": example.targets, "weights": example.weights}
+            there = jnp.any(batch["segment_ids"] > 0, axis=1)
+            outputs |= {"targets": example.targets, "there": there}
         return sums | terms.metrics, terms.carried, outputs
 
     def _context(self, batch: Batch, state: State, update: int, train: bool) -> tuple[Array, Context]:

@@ -11,8 +11,9 @@ from mutants import Mutant, assert_killed
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import IOB2, IOBES, Entities
 
+from lmobj.data import TagScheme
 from lmobj.errors import UserError
-from lmobj.tasks import Entity, TagScheme, _tag_schemes, check_tags, decode_tags, encode_tags
+from lmobj.tasks import Entity, _tag_schemes, check_tags, decode_tags, encode_tags
 
 SCHEMES: tuple[TagScheme, ...] = get_args(TagScheme)
 ALPHABETS = {"bio": "BI", "iob1": "BI", "bioes": "BIES", "bmes": "BMES"}

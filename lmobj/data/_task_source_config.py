@@ -1,0 +1,107 @@
+"""Settings of where the examples of tasks come from that are more than texts with a label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from lmobj.batch import Layout
+from lmobj.data._source_config import check_choice, check_files
+from lmobj.errors import UserError
+
+__all__ = ["TASK_SOURCES", "Answers", "ConllFiles", "SquadFiles", "TagScheme", "TaggedSubwords", "TaskSource"]
+
+TagScheme = Literal["bio", "iob1", "bioes", "bmes"]
+"""How tags write entities: see `lmobj.tasks.decode_tags`."""
+
+TaggedSubwords = Literal["first", "all"]
+"""Which subwords of a word have a tag."""
+
+Answers = Literal["english", "chinese"]
+"""How answers are normalised before they are compared."""
+
+
+@dataclass(frozen=True)
+class ConllFiles:
+    """Sentences of tagged words: a word, or a character, and its tag on each line, blank lines between sentences."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    layout: ClassVar[Layout] = "tagged"
+    holds: ClassVar[str] = "sentences of tagged words"
+
+    name: Literal["conll"] = "conll"
+    """Selects this source."""
+    files: tuple[str, ...] = ()
+    """Paths, glob patterns (`**` crosses folders) or fsspec URLs; each must match at least one file."""
+    word_column: int = 0
+    """Column of the word, counted from 0, or from the end below 0."""
+    tag_column: int = -1
+    """Column of the tag, counted likewise."""
+    separator: str | None = None
+    """Between columns; absent: any number of spaces and tabs."""
+    comment: str | None = None
+    """Lines that begin so between sentences are none of them; absent: there are no comments."""
+    scheme: TagScheme = "bio"
+    """How the tags write entities: IOB2, IOB1 (B- only between neighbours), BIOES or BMES."""
+    space: str = " "
+    """What stands between words in text; empty for Chinese characters."""
+    subwords: TaggedSubwords = "first"
+    """Which of a word's subwords are tagged: the first (BERT), or all."""
+    errors: Literal["strict", "skip"] = "strict"
+    """Sentences whose tags are not what the scheme writes: `strict` stops and names the first, `skip` leaves them out
+    and counts them."""
+
+    def __post_init__(self) -> None:
+        check_files(self.files)
+        check_choice("data.source.scheme", self.scheme, ("bio", "iob1", "bioes", "bmes"))
+        check_choice("data.source.subwords", self.subwords, ("first", "all"))
+        check_choice("data.source.errors", self.errors, ("strict", "skip"))
+        if self.word_column == self.tag_column:
+            raise UserError(
+                f"data.source.word_column and tag_column are both {self.tag_column}; accepted: two columns."
+            )
+
+
+@dataclass(frozen=True)
+class SquadFiles:
+    """Questions with answers cut out of a context, in the JSON of SQuAD 1.1 and 2.0, XQuAD, MLQA and CMRC 2018."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    layout: ClassVar[Layout] = "questions"
+    holds: ClassVar[str] = "questions with answers in their contexts"
+
+    name: Literal["squad"] = "squad"
+    """Selects this source."""
+    files: tuple[str, ...] = ()
+    """Paths, glob patterns (`**` crosses folders) or fsspec URLs; each must match at least one file."""
+    stride: int = 128
+    """Tokens of the context from one window to the next, where it does not fit into `data.length`; at least 1."""
+    max_question: int = 64
+    """Most tokens of a question; at least 1."""
+    max_answer: int = 30
+    """Most tokens of an answer that is looked for; at least 1."""
+    null_threshold: float | None = None
+    """Questions stay unanswered where the score of no answer is more than this above the best span's (SQuAD 2.0);
+    absent: all are answered."""
+    normalise: Answers = "english"
+    """How answers are compared: `english` as SQuAD does, without case, punctuation and articles; `chinese` character
+    by character."""
+    errors: Literal["strict", "skip"] = "strict"
+    """Answers that do not stand where they are said to: `strict` stops and names the first, `skip` drops them, and
+    questions that have no other, and counts these."""
+
+    def __post_init__(self) -> None:
+        check_files(self.files)
+        for key in ("stride", "max_question", "max_answer"):
+            if getattr(self, key) < 1:
+                raise UserError(f"data.source.{key} is {getattr(self, key)}; accepted: 1 or more tokens.")
+        check_choice("data.source.normalise", self.normalise, ("english", "chinese"))
+        check_choice("data.source.errors", self.errors, ("strict", "skip"))
+        if self.null_threshold is not None and self.null_threshold != self.null_threshold:
+            raise UserError(f"data.source.null_threshold is {self.null_threshold}; accepted: a number, or null.")
+
+
+TaskSource = ConllFiles | SquadFiles
+
+TASK_SOURCES: dict[Layout, type[TaskSource]] = {kind.layout: kind for kind in get_args(TaskSource)}
+"""Each by the rows that it has."""
