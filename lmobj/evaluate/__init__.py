@@ -28,20 +28,29 @@ from lmobj.evaluate._class_scores import (
     score_numbers,
 )
 from lmobj.evaluate._cloze import Cloze, cloze_hits
-from lmobj.evaluate._confusion_picture import draw_confusion
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
 from lmobj.evaluate._ngram import NGram, bits_per_byte, unigram_top_k
+from lmobj.evaluate._pictures import (
+    ConfusionPicture,
+    Picture,
+    ScatterPicture,
+    draw_confusion,
+    read_picture,
+    save_picture,
+)
 from lmobj.evaluate._resampling import PairedBootstrap, SeedSpread, paired_bootstrap, seed_spread
 from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
-from lmobj.evaluate._task_metrics import TASK_METRICS, task_metrics
+from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task_report
+from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
 from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
 from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
 
 __all__ = [
+    "TASKS",
     "TASK_METRICS",
     "AnswerScores",
     "AnswerSpan",
@@ -51,10 +60,12 @@ __all__ = [
     "ClassReport",
     "ClassScore",
     "Cloze",
+    "ConfusionPicture",
     "Continuation",
     "DecodingConfig",
     "EntityReport",
     "EntityScore",
+    "ExampleScores",
     "FewShot",
     "FilledMasks",
     "Filling",
@@ -63,11 +74,15 @@ __all__ = [
     "MultiLabelScores",
     "NGram",
     "PairedBootstrap",
+    "Picture",
     "RegressionScores",
     "RetrievalScores",
     "SamplingConfig",
+    "ScatterPicture",
     "SeedSpread",
     "Shot",
+    "TaskKind",
+    "TaskReport",
     "TextStatistics",
     "answer_f1",
     "answer_queries",
@@ -93,9 +108,11 @@ __all__ = [
     "normalise_chinese_answer",
     "output_logits",
     "paired_bootstrap",
+    "read_picture",
     "repeated_share",
     "repetition_penalty",
     "sample",
+    "save_picture",
     "score_answers",
     "score_classes",
     "score_entities",
@@ -106,6 +123,7 @@ __all__ = [
     "self_bleu",
     "summarise_answers",
     "task_metrics",
+    "task_report",
     "text_statistics",
     "top_k_filter",
     "top_p_filter",

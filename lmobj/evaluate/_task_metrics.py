@@ -1,37 +1,37 @@
-"""What a task is judged by that is no mean over its rows."""
+"""What a task is judged by, found by its name.
+
+A further task is one more `TaskKind` here: what it reports on a split, and what its reports are compared by.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from numpy.typing import NDArray
 
-from lmobj.evaluate._class_scores import score_classes, score_numbers
+from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
+from lmobj.evaluate._task_report import TaskKind, TaskReport
 from lmobj.objectives import Task
 
-__all__ = ["TASK_METRICS", "task_metrics"]
+__all__ = ["TASKS", "TASK_METRICS", "task_metrics", "task_report"]
 
-TASK_METRICS: dict[Task, tuple[str, ...]] = {
-    "classification": ("macro_f1", "matthews"),
-    "regression": ("pearson", "spearman"),
-}
+TASKS: dict[Task, TaskKind] = {"classification": CLASSIFICATION, "regression": REGRESSION}
+
+TASK_METRICS: dict[Task, tuple[str, ...]] = {task: kind.figures for task, kind in TASKS.items()}
 """The names of what `task_metrics` gives."""
 
 
-def task_metrics(task: Task, outputs: Mapping[str, NDArray], classes: Sequence[str]) -> dict[str, float]:
-    """The figures of `TASK_METRICS` over the rows of a split.
+def task_report(task: Task, outputs: Mapping[str, NDArray], classes: Sequence[str]) -> TaskReport:
+    """Figures, a table, a picture and the records of a split's rows.
 
     Args:
       task: which.
       outputs: what the objective says of its rows, rows first, and `targets` [N, 1].
       classes: names of the classes, where the task has some.
     """
-    targets = outputs["targets"][:, 0]
-    if task == "classification":
-        report = score_classes(targets, np.argmax(outputs["logits"], axis=-1), classes)
-        return {"macro_f1": report.macro_f1, "matthews": report.matthews}
-    if len(targets) < 2:
-        return {}
-    scores = score_numbers(targets, outputs["scores"])
-    return {"pearson": scores.pearson, "spearman": scores.spearman}
+    return TASKS[task].report(outputs, classes)
+
+
+def task_metrics(task: Task, outputs: Mapping[str, NDArray], classes: Sequence[str]) -> dict[str, float]:
+    """The figures of `TASK_METRICS` alone."""
+    return task_report(task, outputs, classes).figures

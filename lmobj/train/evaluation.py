@@ -17,7 +17,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from lmobj.errors import UserError
-from lmobj.evaluate import TASK_METRICS, Cloze, NGram, cloze_hits, task_metrics, unigram_top_k
+from lmobj.evaluate import TASK_METRICS, Cloze, NGram, TaskReport, cloze_hits, task_report, unigram_top_k
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.step import TERM, State, StepMetrics
@@ -44,6 +44,10 @@ class Evaluation:
 
         For an objective judged by it, `top5_accuracy` on masked words is among them.
         """
+        return self.examine(state, batches)[0]
+
+    def examine(self, state: State, batches: int | None = None) -> tuple[dict[str, float], TaskReport | None]:
+        """The same metrics, and of tasks what is told of the split beside them. Every process calls it and has all."""
         sums: dict[str, NDArray] = defaultdict(lambda: np.zeros(2))
         outputs: list[dict[str, NDArray]] = []
         steps = self._steps(state, batches)
@@ -58,10 +62,11 @@ class Evaluation:
         metrics = readable(sums, self.run.coefficients(state.step))
         if self.cloze is not None and self.cloze.count:
             metrics["top5_accuracy"] = self._top5_accuracy(state, self.cloze)
-        if self.run.objective.task is not None:
-            every = {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
-            metrics |= task_metrics(self.run.objective.task, every, self.run.dataset.classes)
-        return metrics
+        if self.run.objective.task is None:
+            return metrics, None
+        every = {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
+        report = task_report(self.run.objective.task, every, self.run.dataset.classes)
+        return metrics | report.figures, report
 
     def check_metric(self, name: str, metrics: StepMetrics) -> None:
         """Refuses a figure that this evaluation would not give, of which `metrics` are those that are sums.

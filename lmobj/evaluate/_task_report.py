@@ -1,0 +1,60 @@
+"""What is told of a task's model on a split: figures, a table, a picture, and a record of every example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmobj.evaluate._pictures import Picture
+
+__all__ = ["ExampleScores", "TaskKind", "TaskReport"]
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What a model says on a split, beside what it should.
+
+    figures: scores that are no means over rows.
+    header, rows: a table of scores, a row for each class, type or kind of answer; numbers are shown with four digits.
+    picture: of all examples; None where none says anything.
+    records: gives every example's record in JSON, in the order of the split: `index`, `target`, `prediction`, and
+      what the model said in numbers.
+    """
+
+    figures: dict[str, float]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | int | float]]
+    picture: Picture | None
+    records: Callable[[], Iterable[Record]]
+
+
+class ExampleScores(NamedTuple):
+    """What a figure is made of, example by example, as `paired_bootstrap` takes it.
+
+    values: [N], whose mean is the figure; or [N, K] with a statistic.
+    statistic: means over examples [B, K] -> the figure [B].
+    """
+
+    values: NDArray[np.float64]
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None
+
+
+class TaskKind(NamedTuple):
+    """A task as evaluation sees it.
+
+    figures: names of `TaskReport.figures`.
+    report: of outputs (arrays with rows first: what the objective says of its rows, and `targets`) and of the names of
+      the classes, where the task has some.
+    scores: figures that systems can be compared by, example by example; of the examples' records. They may be figures
+      of the objective too, such as its accuracy.
+    """
+
+    figures: tuple[str, ...]
+    report: Callable[[Mapping[str, NDArray], Sequence[str]], TaskReport]
+    scores: Mapping[str, Callable[[Sequence[Record]], ExampleScores]]
