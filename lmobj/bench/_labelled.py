@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmobj.bench._probe_config import JsonLinesProbe, Probe, SwappedWordsProbe, TsvProbe, WhichDocumentProbe
-from lmobj.data import Dataset
 from lmobj.errors import UserError
+from lmobj.tasks import AnyDataset
 
 __all__ = ["Labelled", "ProbeData", "labelled_texts", "read_labelled", "swap_words", "swapped_words", "which_document"]
 
@@ -43,7 +43,7 @@ class ProbeData:
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def labelled_texts(probe: Probe, dataset: Dataset) -> ProbeData:
+def labelled_texts(probe: Probe, dataset: AnyDataset) -> ProbeData:
     """The texts of a probe. Those that are made come from `dataset`; those in files do not depend on it.
 
     Raises:
@@ -138,7 +138,7 @@ def _jsonl(probe: JsonLinesProbe, name: str, lines: list[tuple[int, str]]) -> It
         yield Labelled(cell("text", (str,)).strip(), pair, str(cell("label", (str, int, bool))).strip())
 
 
-def swapped_words(probe: SwappedWordsProbe, dataset: Dataset) -> ProbeData:
+def swapped_words(probe: SwappedWordsProbe, dataset: AnyDataset) -> ProbeData:
     """Sentences of the validation split to fit on, of the test split to score on; every other one with words swapped.
 
     Raises:
@@ -163,7 +163,7 @@ def swapped_words(probe: SwappedWordsProbe, dataset: Dataset) -> ProbeData:
     return ProbeData(**parts)
 
 
-def which_document(probe: WhichDocumentProbe, dataset: Dataset) -> ProbeData:
+def which_document(probe: WhichDocumentProbe, dataset: AnyDataset) -> ProbeData:
     """Half of the sentences of each document to fit on, the other half to score on. A sentence is taken once.
 
     Raises:
@@ -192,7 +192,7 @@ def which_document(probe: WhichDocumentProbe, dataset: Dataset) -> ProbeData:
     return ProbeData(train, test)
 
 
-def _sentences(dataset: Dataset, split: str, words: tuple[int, int]) -> Iterator[list[str]]:
+def _sentences(dataset: AnyDataset, split: str, words: tuple[int, int]) -> Iterator[list[str]]:
     """The prose sentences of each document: a capital letter, words, commas, a full stop. Code and tables are none."""
     tokenizer = dataset.tokenizer
     for document in dataset.documents(split):

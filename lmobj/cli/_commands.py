@@ -293,14 +293,14 @@ def prepare(
     """
     from lmobj.cli._preparation import cleaning_table, split_table
     from lmobj.config import load
-    from lmobj.data import prepare
     from lmobj.errors import UserError
+    from lmobj.tasks import prepare_any
 
     options = [argument for argument in overrides or () if argument.startswith("--")]
     if options and not beam:
         raise UserError(f"{options[0]} is an option of a Beam pipeline; accepted: such options together with --beam.")
     experiment = load(config, [argument for argument in overrides or () if argument not in options])
-    sources = prepare(experiment.data, quiet=quiet, beam=options if beam else None).summary()["sources"]
+    sources = prepare_any(experiment.data, quiet=quiet, beam=options if beam else None).summary()["sources"]
     _print_table(*split_table(sources))
     header, rows = cleaning_table(sources)
     if rows:

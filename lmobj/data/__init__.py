@@ -88,7 +88,7 @@ _LATE = {
     "_rows": ("HostBatch", "Indices", "MemoryRows", "Rows"),
     "_sources": ("open_corpus",),
 }
-"""Modules that import jax or rich, and their names: loaded when asked for, since the processes that tokenise do without."""
+"""Modules that import jax or rich, with their names: loaded when asked for, since workers that tokenise do without."""
 
 
 def __getattr__(name: str) -> Any:

@@ -163,8 +163,8 @@ class Dataset:
         in_order = InOrder([source.epochs.per_epoch for source in sources])
         return DocumentRows(sources, in_order if once else order, self.tokenizer, spec, batch_size=batch_size)
 
-    def labels(self, spec: RowSpec, split: str = "train") -> NDArray:
-        """The label of every document of a split that rows of `spec` read, [N]."""
+    def reference(self, spec: RowSpec, split: str) -> NDArray:
+        """What answers are compared with: the label of every document of a split that rows of `spec` read, [N]."""
         names = list(self._sources) if spec.source is None else [spec.source]
         found = [self._labels(name, spec, split) for name in names]
         return np.concatenate([labels for labels in found if labels is not None])

@@ -23,7 +23,7 @@ Answers = Literal["english", "chinese"]
 
 @dataclass(frozen=True)
 class ConllFiles:
-    """Sentences of tagged words: a word, or a character, and its tag on each line, blank lines between sentences."""
+    """Sentences of words, or characters, that have tags."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     layout: ClassVar[Layout] = "tagged"
@@ -33,14 +33,17 @@ class ConllFiles:
     """Selects this source."""
     files: tuple[str, ...] = ()
     """Paths, glob patterns (`**` crosses folders) or fsspec URLs; each must match at least one file."""
+    lines: Literal["words", "sentences"] = "words"
+    """What stands on a line: `words`: a word and its tag, in columns, with blank lines between sentences; `sentences`: all
+    words with spaces between, a tab, and their tags with spaces between."""
     word_column: int = 0
-    """Column of the word, counted from 0, or from the end below 0."""
+    """Of lines of words: the word's column, counted from 0, or from the end below 0."""
     tag_column: int = -1
-    """Column of the tag, counted likewise."""
+    """Of lines of words: the tag's column, counted likewise."""
     separator: str | None = None
-    """Between columns; absent: any number of spaces and tabs."""
+    """Of lines of words: what is between columns; absent: any number of spaces and tabs."""
     comment: str | None = None
-    """Lines that begin so between sentences are none of them; absent: there are no comments."""
+    """Of lines of words: those that begin so between sentences are none of them; absent: there are no comments."""
     scheme: TagScheme = "bio"
     """How the tags write entities: IOB2, IOB1 (B- only between neighbours), BIOES or BMES."""
     space: str = " "
@@ -53,6 +56,7 @@ class ConllFiles:
 
     def __post_init__(self) -> None:
         check_files(self.files)
+        check_choice("data.source.lines", self.lines, ("words", "sentences"))
         check_choice("data.source.scheme", self.scheme, ("bio", "iob1", "bioes", "bmes"))
         check_choice("data.source.subwords", self.subwords, ("first", "all"))
         check_choice("data.source.errors", self.errors, ("strict", "skip"))

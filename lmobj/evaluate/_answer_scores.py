@@ -21,6 +21,7 @@ from lmobj.errors import UserError
 __all__ = [
     "AnswerScores",
     "AnswerSummary",
+    "Normalise",
     "answer_f1",
     "apply_null_threshold",
     "best_null_threshold",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ _DIGITS = 6
 """Of probabilities."""
 
 
-def _classification(outputs: Mapping[str, NDArray], classes: Sequence[str]) -> TaskReport:
+def _classification(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: Any) -> TaskReport:
     """Of `logits` [N, C] and `targets` [N, 1]: precision, recall and F1 of every class, and the confusion matrix."""
     targets, logits = outputs["targets"][:, 0], outputs["logits"].astype(np.float64)
     given = np.argmax(logits, axis=-1)
@@ -55,7 +56,7 @@ def _averages(report: ClassReport) -> Iterator[tuple[str, float, float, float, i
         yield name, precision, recall, f1, int(support.sum())
 
 
-def _regression(outputs: Mapping[str, NDArray], classes: Sequence[str]) -> TaskReport:
+def _regression(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: Any) -> TaskReport:
     """Of `scores` [N] and `targets` [N, 1]: correlations and errors, and a scatter. A single row has no correlation."""
     targets, scores = outputs["targets"][:, 0].astype(np.float64), outputs["scores"].astype(np.float64)
 
@@ -78,6 +79,16 @@ def _regression(outputs: Mapping[str, NDArray], classes: Sequence[str]) -> TaskR
         picture=ScatterPicture.of(targets, scores),
         records=records,
     )
+
+
+def _most_frequent_class(trained: NDArray, held_out: NDArray) -> dict[str, dict[str, float]]:
+    most = np.argmax(np.bincount(trained))
+    return {"most frequent class": {"accuracy": float(np.mean(held_out == most))}}
+
+
+def _mean(trained: NDArray, held_out: NDArray) -> dict[str, dict[str, float]]:
+    mean = np.mean(trained, dtype=np.float64)
+    return {"mean of the training": {"mse": float(np.mean(np.square(held_out - mean)))}}
 
 
 def _right(records: Sequence[Record]) -> ExampleScores:
@@ -107,7 +118,7 @@ def _macro_f1(records: Sequence[Record]) -> ExampleScores:
         true, given, right = np.split(means, 3, axis=1)
         occurs = true + given > 0
         f1 = 2 * right / np.where(occurs, true + given, 1)
-        return f1.sum(1) / occurs.sum(1)  # type: ignore[no-any-return]
+        return f1.sum(1) / occurs.sum(1)
 
     return ExampleScores(_counts(records), statistic)
 
@@ -144,10 +155,12 @@ def _pearson(records: Sequence[Record]) -> ExampleScores:
 CLASSIFICATION = TaskKind(
     figures=("macro_f1", "matthews"),
     report=_classification,
+    baselines=_most_frequent_class,
     scores={"accuracy": _right, "macro_f1": _macro_f1, "matthews": _matthews, "nll": _nll},
 )
 REGRESSION = TaskKind(
     figures=("pearson", "spearman"),
     report=_regression,
+    baselines=_mean,
     scores={"mse": _squared_error, "pearson": _pearson},
 )

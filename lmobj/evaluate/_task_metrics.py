@@ -6,32 +6,45 @@ A further task is one more `TaskKind` here: what it reports on a split, and what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from numpy.typing import NDArray
 
+from lmobj.evaluate._answer_report import EXTRACTIVE_QA
 from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
+from lmobj.evaluate._tag_report import TOKEN_CLASSIFICATION
 from lmobj.evaluate._task_report import TaskKind, TaskReport
 from lmobj.objectives import Task
 
 __all__ = ["TASKS", "TASK_METRICS", "task_metrics", "task_report"]
 
-TASKS: dict[Task, TaskKind] = {"classification": CLASSIFICATION, "regression": REGRESSION}
+TASKS: dict[Task, TaskKind] = {
+    "classification": CLASSIFICATION,
+    "extractive_qa": EXTRACTIVE_QA,
+    "regression": REGRESSION,
+    "token_classification": TOKEN_CLASSIFICATION,
+}
 
 TASK_METRICS: dict[Task, tuple[str, ...]] = {task: kind.figures for task, kind in TASKS.items()}
 """The names of what `task_metrics` gives."""
 
 
-def task_report(task: Task, outputs: Mapping[str, NDArray], classes: Sequence[str]) -> TaskReport:
+def task_report(
+    task: Task, outputs: Mapping[str, NDArray], classes: Sequence[str], reference: Any = None
+) -> TaskReport:
     """Figures, a table, a picture and the records of a split's rows.
 
     Args:
       task: which.
-      outputs: what the objective says of its rows, rows first, and `targets` [N, 1].
+      outputs: what the objective says of its rows, rows first, and `targets`.
       classes: names of the classes, where the task has some.
+      reference: `reference` of the data set for the split.
     """
-    return TASKS[task].report(outputs, classes)
+    return TASKS[task].report(outputs, classes, reference)
 
 
-def task_metrics(task: Task, outputs: Mapping[str, NDArray], classes: Sequence[str]) -> dict[str, float]:
+def task_metrics(
+    task: Task, outputs: Mapping[str, NDArray], classes: Sequence[str], reference: Any = None
+) -> dict[str, float]:
     """The figures of `TASK_METRICS` alone."""
-    return task_report(task, outputs, classes).figures
+    return task_report(task, outputs, classes, reference).figures

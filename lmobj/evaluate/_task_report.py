@@ -49,12 +49,15 @@ class TaskKind(NamedTuple):
     """A task as evaluation sees it.
 
     figures: names of `TaskReport.figures`.
-    report: of outputs (arrays with rows first: what the objective says of its rows, and `targets`) and of the names of
-      the classes, where the task has some.
+    report: of outputs (arrays with rows first: what the objective says of its rows, and `targets`), of the names of the
+      classes, where the task has some, and of what the data set has as reference for the split.
+    baselines: of the training split's reference and the held-out one's: figures of answers that do not look at the
+      text, by their names.
     scores: figures that systems can be compared by, example by example; of the examples' records. They may be figures
       of the objective too, such as its accuracy.
     """
 
     figures: tuple[str, ...]
-    report: Callable[[Mapping[str, NDArray], Sequence[str]], TaskReport]
+    report: Callable[[Mapping[str, NDArray], Sequence[str], Any], TaskReport]
+    baselines: Callable[[Any, Any], dict[str, dict[str, float]]]
     scores: Mapping[str, Callable[[Sequence[Record]], ExampleScores]]

@@ -55,6 +55,7 @@ __all__ = [
     "RoutingCall",
     "RowUse",
     "SpanBoundaryHead",
+    "TokenHead",
     "TwoStreamModel",
     "XLNet",
     "XLNetConfig",

@@ -2,8 +2,8 @@
 
     L = - sum_b (log p_start,b(s_b) + log p_end,b(e_b)) / 2B        p_start = softmax over the row of S . h_t
 
-over windows [CLS] question [SEP] context [SEP]. A window that does not hold the answer, and a question that has none, is
-answered by [CLS]: s = e = 0. Devlin et al. 2019, sections 4.2 and 4.3.
+over windows [CLS] question [SEP] context [SEP]. A window that does not hold the answer, and a question that has none,
+is answered by [CLS]: s = e = 0. Devlin et al. 2019, sections 4.2 and 4.3.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lmobj.objectives._row_classes import row_weights
 from lmobj.objectives._token_task import TokenTask
 
 __all__ = ["ExtractiveQA"]
+
 
 @dataclass(frozen=True)
 class ExtractiveQA(TokenTask):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from lmobj import masks, noise
 from lmobj.batch import Batch
 from lmobj.errors import UserError
-from lmobj.models import HeadStyle, RowUse, TokenHead
+from lmobj.models import RowUse
 from lmobj.objectives._objective import Context, Example, Models, Objective, Role
 from lmobj.objectives._tokens import hidden_states
 

@@ -157,11 +157,6 @@ class ExampleDataset(Generic[E]):
         """Batches of steps start, start + 1, ...; see `lmobj.data.Dataset.batches`."""
         return self.rows(spec, split=split, seed=seed, batch_size=batch_size).batches(start, steps, local)
 
-    def labels(self, spec: RowSpec, split: str = "train") -> NDArray:
-        """The label of every row of a split, [N]: its field that has one for each row."""
-        name = next(name for name in spec.fields if name in ("labels", "scores"))
-        return self._built(spec, split).arrays[name]
-
     def reference(self, spec: RowSpec, split: str) -> Any:
         """What the answers of a split are compared with; its rows are in the order of `rows`."""
         return self._built(spec, split).reference

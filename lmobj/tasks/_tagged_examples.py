@@ -16,7 +16,7 @@ from lmobj.errors import UserError
 from lmobj.tasks._example_dataset import ExampleRows, Kind
 from lmobj.tasks._tag_alignment import align_tags, encode_words, tag_ids, word_tags
 from lmobj.tasks._tag_schemes import check_tags, scheme_tags, split_tag
-from lmobj.tasks._tagged import TaggedSentence, read_conll
+from lmobj.tasks._tagged import TaggedSentence, read_conll, read_tagged_lines
 
 __all__ = ["TagReference", "TaggedExamples"]
 
@@ -54,18 +54,11 @@ class TaggedExamples(Kind[TaggedSentence]):
 
     def read(self, file: str) -> Iterator[TaggedSentence | None]:
         """The sentences; those whose tags break the scheme are refused or left out."""
-        source = self.source
-        for sentence in read_conll(
-            file,
-            word_column=source.word_column,
-            tag_column=source.tag_column,
-            separator=source.separator,
-            comment=source.comment,
-        ):
+        for sentence in self._sentences(file):
             try:
-                check_tags([sentence.tags], source.scheme)
+                check_tags([sentence.tags], self.source.scheme)
             except UserError as error:
-                if source.errors == "strict":
+                if self.source.errors == "strict":
                     raise UserError(
                         f"data.source: the sentence at {file}:{sentence.line} breaks its scheme ({error}) To leave out "
                         "such sentences: data.source.errors=skip."
@@ -73,6 +66,18 @@ class TaggedExamples(Kind[TaggedSentence]):
                 yield None
             else:
                 yield sentence
+
+    def _sentences(self, file: str) -> Iterator[TaggedSentence]:
+        source = self.source
+        if source.lines == "sentences":
+            return read_tagged_lines(file)
+        return read_conll(
+            file,
+            word_column=source.word_column,
+            tag_column=source.tag_column,
+            separator=source.separator,
+            comment=source.comment,
+        )
 
     def texts(self, examples: Sequence[TaggedSentence]) -> Iterable[str]:
         """The words, with the source's space between."""

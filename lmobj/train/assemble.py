@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from lmobj import adapt, partition
 from lmobj._yaml import to_yaml
 from lmobj.batch import RowSpec, Vocabulary
-from lmobj.data import DataConfig, Dataset, prepare
+from lmobj.data import DataConfig
 from lmobj.data import Rows as DataRows
 from lmobj.errors import UserError
 from lmobj.models import ModelBuilder, MoEConfig
 from lmobj.objectives import Objective, Rows, with_router_losses
+from lmobj.tasks import AnyDataset, prepare_any
 from lmobj.train import distributed, rounding
 from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together, unnamed
 from lmobj.train.config import TrainConfig
@@ -266,7 +267,7 @@ class Design:
 class Assembly(Design):
     """The parts of a run: its design, and the data."""
 
-    dataset: Dataset
+    dataset: AnyDataset
 
     @property
     def config_yaml(self) -> str:
@@ -353,7 +354,7 @@ def assemble(
     with distributed.agreed("parts of the run"):
         mesh = _checked_mesh(config.train)  # before the data, which takes longer
         quiet = quiet or not distributed.is_first()
-        dataset = distributed.first_alone("data", lambda: prepare(config.data, quiet=quiet))
+        dataset = distributed.first_alone("data", lambda: prepare_any(config.data, quiet=quiet))
         parts = design(config, dataset.vocab, mesh=mesh, objective=objective, model=model)
         parts.objective.check_classes(dataset.classes_of)
     distributed.same("data", dataset.fingerprint, _differing_data)

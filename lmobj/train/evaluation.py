@@ -17,7 +17,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from lmobj.errors import UserError
-from lmobj.evaluate import TASK_METRICS, Cloze, NGram, TaskReport, cloze_hits, task_report, unigram_top_k
+from lmobj.evaluate import TASK_METRICS, TASKS, Cloze, NGram, TaskReport, cloze_hits, task_report, unigram_top_k
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.step import TERM, State, StepMetrics
@@ -62,10 +62,11 @@ class Evaluation:
         metrics = readable(sums, self.run.coefficients(state.step))
         if self.cloze is not None and self.cloze.count:
             metrics["top5_accuracy"] = self._top5_accuracy(state, self.cloze)
-        if self.run.objective.task is None:
+        task, data = self.run.objective.task, self.run.dataset
+        if task is None:
             return metrics, None
         every = {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
-        report = task_report(self.run.objective.task, every, self.run.dataset.classes)
+        report = task_report(task, every, data.classes, data.reference(self.run.spec, self.split))
         return metrics | report.figures, report
 
     def check_metric(self, name: str, metrics: StepMetrics) -> None:
@@ -98,8 +99,8 @@ class Evaluation:
             return {
                 name: {"top5_accuracy": self.cloze.baseline(self._most_frequent(ids))} for name, ids in excluded.items()
             }
-        if self.run.objective.judged_by in ("accuracy", "mse"):
-            return _constant_answers(data.labels(spec), data.labels(spec, self.split))
+        if task := self.run.objective.task:
+            return TASKS[task].baselines(data.reference(spec, "train"), data.reference(spec, self.split))
         if self.run.objective.judged_by != "bits_per_byte":
             return {}
         before, after = np.array(spec.prefix, np.int32), np.array(spec.suffix, np.int32)
@@ -139,20 +140,12 @@ class Evaluation:
         return float(np.sum(hits)) / cloze.count
 
 
-def _constant_answers(trained: NDArray, held_out: NDArray) -> dict[str, dict[str, float]]:
-    """What always the same answer reaches: the training text's most frequent class, or the mean of its numbers."""
-    if np.issubdtype(trained.dtype, np.integer):
-        most = np.argmax(np.bincount(trained))
-        return {"most frequent class": {"accuracy": float(np.mean(held_out == most))}}
-    return {"mean of the training": {"mse": float(np.mean(np.square(held_out - np.mean(trained, dtype=np.float64))))}}
-
-
 def _rows_with_text(outputs: Mapping[str, Any]) -> dict[str, NDArray]:
     """The outputs of a batch on the host, without its empty rows. Every process calls it and has all of them."""
     found = {name: np.asarray(distributed.on_host(x)) for name, x in outputs.items()}
     if not found:
         return {}
-    there = found.pop("weights")[:, 0] > 0
+    there = found.pop("there")
     return {name: x[there] for name, x in found.items()}
 
 
