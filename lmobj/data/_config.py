@@ -27,10 +27,10 @@ class SentencePieceConfig:
 
     vocab_size: int | None = None
     """Pieces, the 7 special ones, the newline and the 256 single bytes included; 4096 if absent. With `path`: the size
-    of that model, or absent."""
-    model: Literal["bpe", "unigram"] = "bpe"
+    of that model, or absent. Of `char`: at most so many."""
+    model: Literal["bpe", "unigram", "char"] = "bpe"
     """Kind of model to train. bpe trains ten times faster; unigram finds few whole words in text that puts a space
-    before every punctuation mark, as WikiText does."""
+    before every punctuation mark, as WikiText does; char has a piece for each character, as Chinese BERT."""
     path: str | None = None
     """An existing SentencePiece `.model` file to load instead of training one."""
     character_coverage: float = 0.9995
@@ -39,7 +39,7 @@ class SentencePieceConfig:
     """Train on at most this many bytes of text, taken evenly over the training split; at least 1."""
 
     def __post_init__(self) -> None:
-        check_choice("data.tokenizer.model", self.model, ("bpe", "unigram"))
+        check_choice("data.tokenizer.model", self.model, ("bpe", "unigram", "char"))
         if self.vocab_size is not None and self.vocab_size < 1:
             raise UserError(f"data.tokenizer.vocab_size is {self.vocab_size}; accepted: a positive integer.")
         if not 0.98 < self.character_coverage <= 1:
