@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from mutants import Mutant, assert_killed
 
+from lmobj.data import TagScheme
 from lmobj.errors import UserError
 from lmobj.tasks import (
     Entity,
-    TagScheme,
     _tag_alignment,
     align_tags,
     decode_tags,
