@@ -138,21 +138,35 @@ def evaluate(
     best: Best = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures."""
+    """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures.
+
+    Of a fine-tuned model also the scores of every class, and RUN/eval/ gets a record of every example and a picture.
+    """
     from lmobj.train.distributed import agreed, is_first
+    from lmobj.train.run_folder import RunFolder
     from lmobj.train.trained import open_run
 
     keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
-    metrics = open_run(experiment, best=best).evaluate(split)
+    metrics, told = open_run(experiment, best=best).examine(split)
     if not is_first():
         return
+    files = told.write(RunFolder(experiment.run_dir)) if told else []
     if as_json:
         print(json.dumps(metrics))
-    else:
-        _tell_weights(experiment)
-        _print_table(("metric", split), [(name, f"{value:.6g}") for name, value in sorted(metrics.items())])
+        return
+    _tell_weights(experiment)
+    others = told.baselines if told else {}
+    rows = [
+        (name, f"{value:.6g}", *(f"{each[name]:.6g}" if name in each else "" for each in others.values()))
+        for name, value in sorted(metrics.items())
+    ]
+    _print_table(("metric", split, *others), rows)
+    if told:
+        print()
+        _print_table(told.header, told.lines())
+        print(f"\nFiles: {', '.join(map(str, files))}")
 
 
 @app.command(rich_help_panel="Runs")
