@@ -49,8 +49,8 @@ def group_names(groups: Sequence[Sequence[str]], given: Sequence[str]) -> list[s
     """The names given; else that of a group's folders without their seeds, or a letter where that tells nothing."""
     if len(given) > len(groups) or len(set(given)) < len(given) or not all(given):
         raise UserError(
-            f"--name is {', '.join(map(repr, given))}, and there are {len(groups)} groups of runs; accepted: a name for "
-            "each, no two alike."
+            f"--name is {', '.join(map(repr, given))}, and there are {len(groups)} groups of runs; accepted: a name "
+            "for each, no two alike."
         )
     names = list(given)
     for runs in groups[len(given) :]:

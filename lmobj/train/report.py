@@ -245,6 +245,7 @@ def _split(run: Run, told: SplitReport) -> dict[str, Any]:
         "header": told.header,
         "rows": told.lines(),
         "picture": picture and _svg(run, lambda axes, _: picture.draw(axes), picture.size)[1],
+        "width": picture and round(min(max(360, 90 * picture.size[0]), 900)),
     }
 
 
