@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmobj.bench._config import Budget
 from lmobj.errors import UserError
 from lmobj.evaluate import SeedSpread, seed_spread
+from lmobj.train.sinks import finite
 from lmobj.train.storage import write_atomically
 
 __all__ = ["Results", "markdown_table", "spread", "table"]
@@ -37,7 +37,7 @@ class Results:
 
     def add(self, line: Line) -> None:
         """Adds a line; JSON has no NaN and no infinity, which become null."""
-        self.lines.append(_finite(line))
+        self.lines.append(finite(line))
         write_atomically(self.path, "".join(json.dumps(each, allow_nan=False) + "\n" for each in self.lines))
 
     def of(self, arm: str) -> list[Line]:
@@ -74,14 +74,6 @@ def value_at(line: Line, *keys: str) -> float | None:
 def is_probed(lines: Iterable[Line], metrics: Sequence[str]) -> bool:
     """Whether there is a probe: a benchmark has one if no metrics, even where no run lasted until it was probed."""
     return not metrics or any(line["probe"] for line in lines)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def spread(values: Iterable[float | None]) -> SeedSpread | None:

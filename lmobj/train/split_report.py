@@ -21,10 +21,11 @@ from lmobj.evaluate import Picture, read_picture, save_picture
 from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
 from lmobj.train.run_folder import RunFolder
+from lmobj.train.sinks import finite
 from lmobj.train.step import State
 from lmobj.train.storage import write_atomically
 
-__all__ = ["EVALUATED", "SplitReport", "examine", "read_reports"]
+__all__ = ["EVALUATED", "SplitReport", "examine", "read_reports", "reported_splits"]
 
 EVALUATED = "eval"
 """The folder within a run's."""
@@ -64,7 +65,7 @@ class SplitReport:
         parent = folder.path / EVALUATED
         parent.mkdir(exist_ok=True)
         paths = [parent / f"{self.split}.jsonl", parent / f"{self.split}.json"]
-        write_atomically(paths[0], "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in self.records()))
+        write_atomically(paths[0], "".join(map(_line, self.records())))
         if self.picture is not None:
             paths.append(parent / f"{self.split}_{self.picture.KIND}.svg")
             save_picture(self.picture, paths[2:])
@@ -74,12 +75,12 @@ class SplitReport:
         return paths
 
     def _stored(self) -> dict[str, Any]:
-        """In JSON, which has no NaN and no infinity; they become null."""
+        """What SPLIT.json holds."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["records"]
-        figures = {name: x if math.isfinite(x) else None for name, x in self.figures.items()}
         picture = self.picture and {"kind": self.picture.KIND, **dataclasses.asdict(self.picture)}  # type: ignore[call-overload]
-        return {**fields, "figures": figures, "picture": picture}
+        stored: dict[str, Any] = finite({**fields, "picture": picture})
+        return stored
 
     @classmethod
     def read(cls, path: Path) -> SplitReport:
@@ -94,6 +95,13 @@ class SplitReport:
             raise UserError(
                 f"{path} is damaged ({type(error).__name__}: {error}); remove it, and `lmobj eval` makes it anew."
             ) from None
+
+
+def reported_splits(run: Assembly) -> list[str]:
+    """The splits that a finished run tells of: of a task those that were held out and have text."""
+    if run.objective.task is None:
+        return []
+    return [split for split in ("validation", "test") if Evaluation(run, split).has_text]
 
 
 def examine(run: Assembly, state: State, split: str) -> tuple[dict[str, float], SplitReport | None]:
@@ -138,6 +146,10 @@ def _read_records(path: Path, examples: int) -> list[Record]:
             "`lmobj eval` makes both anew."
         ) from None
     return records
+
+
+def _line(record: Record) -> str:
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _show(value: Cell) -> str:

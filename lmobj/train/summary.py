@@ -18,7 +18,7 @@ from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
 from lmobj.train.report import write_report
 from lmobj.train.run_folder import RunFolder
-from lmobj.train.split_report import SplitReport, examine
+from lmobj.train.split_report import examine, reported_splits
 from lmobj.train.step import State
 from lmobj.train.tracking import Tracker
 
@@ -58,7 +58,7 @@ def check_samples(run: Assembly) -> None:
 
 def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFolder, tracker: Tracker) -> None:
     """Writes baselines.json, samples.json, of a task eval/, and report.html; prints figures, a sample and its path."""
-    told = _task_reports(run, state)
+    told = [examine(run, state, split)[1] for split in reported_splits(run)]
     model = run.model(state) if run.config.sample and "model" in run.program.graphs else None
     if not distributed.is_first():  # the parameters came from every process; the rest is the first one's
         return
@@ -68,7 +68,7 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
     folder.write_json("samples.json", samples)
     for sample in samples:
         tracker.text(int(state.step), "sample", sample["text"])
-    for one in told:
+    for one in filter(None, told):
         one.write(folder)
     report = write_report(folder.path)
 
@@ -82,14 +82,6 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
     for sample in samples[:1]:
         tracker.note(f"\n{sample['prompt']}\n-> {sample['text']}\n")
     tracker.note(f"Report: {folder}/{report.name}")
-
-
-def _task_reports(run: Assembly, state: State) -> list[SplitReport]:
-    """What is told of a task on what was held out. Every process calls it."""
-    if run.objective.task is None:
-        return []
-    splits = [split for split in ("validation", "test") if Evaluation(run, split).has_text]
-    return [report for split in splits if (report := examine(run, state, split)[1]) is not None]
 
 
 def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:

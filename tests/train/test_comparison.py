@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -137,7 +138,7 @@ def test_eval_prints_the_scores_of_classes_and_writes_them(
 def test_a_report_survives_its_file(tmp_path: pathlib.Path, original: pathlib.Path) -> None:
     """With figures that are no numbers, a name that is markup, and a scatter."""
     (tmp_path / "metrics.jsonl").write_text((original / "metrics.jsonl").read_text())
-    records = [{"index": 0, "target": 1.0, "prediction": 2.0}]
+    records = [{"index": 0, "target": 1.0, "prediction": math.nan}]
     evil = "<script>x</script>"
     report = SplitReport(
         task="regression", split="test", step=3, data="f", examples=1, figures={"mse": 1.0, evil: math.inf},
@@ -151,11 +152,32 @@ def test_a_report_survives_its_file(tmp_path: pathlib.Path, original: pathlib.Pa
     assert found == dataclasses.replace(report, figures=found.figures)
     assert found.figures["mse"] == 1.0
     assert math.isnan(found.figures[evil])
-    assert found.records() == records
+    assert found.records() == [{"index": 0, "target": 1.0, "prediction": None}]
     assert found.lines() == [[evil, "0.2500"], ["n", "1,234"]]
     page = write_report(tmp_path).read_text()
     assert evil not in page
     assert page.count("&lt;script&gt;x&lt;/script&gt;") >= 4
+
+
+def test_a_store_gets_the_files_of_the_split_alone(
+    original: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is old in the working copy of whoever evaluates."""
+    monkeypatch.setenv("LMOBJ_CACHE", str(tmp_path / "cache"))
+    folder = RunFolder("memory://reported/run")
+    folder.create("name: x\n")
+    (folder.path / "metrics.jsonl").write_text("old")
+    (report,) = read_reports(original)
+    report.write(RunFolder("memory://reported/run"))
+    store = fsspec.filesystem("memory")
+    names = {name.removeprefix("/reported/run/") for name in store.find("/reported/run")}
+    assert names == {"config.yaml", *(f"eval/validation{end}" for end in (".json", ".jsonl", "_confusion.svg"))}
+    shutil.rmtree(folder.path)
+    found = folder.fetched("eval/validation.json")
+    assert found is not None
+    assert SplitReport.read(found) == report
+    assert folder.fetched("eval/test.json") is None
+    store.rm("/reported", recursive=True)
 
 
 @pytest.mark.parametrize(
