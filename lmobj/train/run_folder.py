@@ -10,8 +10,8 @@ baselines.json     what n-gram models reach on the same held-out text
 samples.json       texts sampled from the model
 report.html        all of it on one page
 
-A task adds eval/ with what is told of each split (`split_report`), `train.guard` adds bad_batches/ with the batches that
-it refused, `train.profile` adds profile/, and `train.wandb` adds wandb/ and wandb_id.
+A task adds eval/ with what is told of each split (`split_report`), `train.guard` adds bad_batches/ with the batches
+that it refused, `train.profile` adds profile/, and `train.wandb` adds wandb/ and wandb_id.
 
 It is a path or a URL. For a URL in a store (`gs://...`), checkpoints go there by themselves, and the other files, which
 are appended to, are kept in a working copy on this machine. They are sent just before a checkpoint becomes complete and
