@@ -14,7 +14,7 @@ from lmobj.bench._plan import ArmPlan, plan_arm
 from lmobj.bench._probe import Scores, fit_and_score, majority, probe_model
 from lmobj.bench._probe_config import JsonLinesProbe, Probe, SwappedWordsProbe, TsvProbe, WhichDocumentProbe
 from lmobj.bench._reading import Reading
-from lmobj.bench._results import Results, Spread, markdown_table, spread
+from lmobj.bench._results import Results, markdown_table, spread
 from lmobj.bench._run import BenchResult, run
 from lmobj.train.products import matmul_flops, step_flops
 
@@ -30,7 +30,6 @@ __all__ = [
     "Reading",
     "Results",
     "Scores",
-    "Spread",
     "SwappedWordsProbe",
     "TsvProbe",
     "WhichDocumentProbe",

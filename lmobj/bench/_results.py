@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmobj.bench._config import Budget
 from lmobj.errors import UserError
+from lmobj.evaluate import SeedSpread, seed_spread
+from lmobj.train.sinks import finite
 from lmobj.train.storage import write_atomically
 
-__all__ = ["Results", "Spread", "markdown_table", "spread", "table"]
+__all__ = ["Results", "markdown_table", "spread", "table"]
 
 Line = dict[str, Any]
 """One arm with one seed; see `_line` for its keys."""
@@ -38,7 +37,7 @@ class Results:
 
     def add(self, line: Line) -> None:
         """Adds a line; JSON has no NaN and no infinity, which become null."""
-        self.lines.append(_finite(line))
+        self.lines.append(finite(line))
         write_atomically(self.path, "".join(json.dumps(each, allow_nan=False) + "\n" for each in self.lines))
 
     def of(self, arm: str) -> list[Line]:
@@ -77,36 +76,10 @@ def is_probed(lines: Iterable[Line], metrics: Sequence[str]) -> bool:
     return not metrics or any(line["probe"] for line in lines)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation (n - 1 in the denominator; None for a single value) of n finite values."""
-
-    mean: float
-    deviation: float | None
-    n: int
-
-    def show(self, percent: bool = False) -> str:
-        """As `61.2 ± 0.5`, with as many digits as say something."""
-        scale, digits = (100, 1) if percent else (1, 4)
-        text = f"{self.mean * scale:.{digits}f}"
-        return text if self.deviation is None else f"{text} ± {self.deviation * scale:.{digits}f}"
-
-
-def spread(values: Iterable[float | None]) -> Spread | None:
+def spread(values: Iterable[float | None]) -> SeedSpread | None:
     """The spread of the values that are numbers; None if none is."""
     numbers = [float(value) for value in values if value is not None]
-    if not numbers:
-        return None
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-    return Spread(statistics.fmean(numbers), deviation, len(numbers))
+    return seed_spread(numbers) if numbers else None
 
 
 def coverage(values: Sequence[float | None]) -> str:

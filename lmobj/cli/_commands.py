@@ -13,6 +13,7 @@ import typer
 
 import lmobj
 from lmobj._cache import keep_programs
+from lmobj.cli._comparing import SeveralValues, found_runs, group_names
 from lmobj.cli._processes import in_several_processes
 
 if TYPE_CHECKING:
@@ -138,21 +139,85 @@ def evaluate(
     best: Best = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures."""
+    """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures.
+
+    Of a fine-tuned model also the scores of every class, and RUN/eval/ gets a record of every example and a picture.
+    """
     from lmobj.train.distributed import agreed, is_first
+    from lmobj.train.run_folder import RunFolder
     from lmobj.train.trained import open_run
 
     keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
-    metrics = open_run(experiment, best=best).evaluate(split)
+    metrics, told = open_run(experiment, best=best).examine(split)
     if not is_first():
         return
+    files = told.write(RunFolder(experiment.run_dir)) if told else []
     if as_json:
         print(json.dumps(metrics))
-    else:
-        _tell_weights(experiment)
-        _print_table(("metric", split), [(name, f"{value:.6g}") for name, value in sorted(metrics.items())])
+        return
+    _tell_weights(experiment)
+    others = told.baselines if told else {}
+    rows = [
+        (name, f"{value:.6g}", *(f"{each[name]:.6g}" if name in each else "" for each in others.values()))
+        for name, value in sorted(metrics.items())
+    ]
+    _print_table(("metric", split, *others), rows)
+    if told:
+        print()
+        _print_table(told.header, told.lines())
+        print(f"\nFiles: {', '.join(map(str, files))}")
+
+
+@app.command(rich_help_panel="Runs", cls=SeveralValues)
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs that differ in their seed alone; patterns too.")
+    ],
+    others: Annotated[
+        list[str] | None, typer.Option("--with", metavar="RUN...", help="A second group, to be compared with.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which part of the data.")] = "validation",
+    metric: Annotated[
+        str | None, typer.Option(help="A figure of `lmobj eval`; the one that the runs are judged by.")
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Of a group, in their order; may be given twice.")] = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="A column of what always the same answer reaches.")
+    ] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Resamples of the paired bootstrap.")] = 10_000,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Write it as Markdown too.")] = None,
+) -> None:
+    """Set fine-tuned runs beside one another: mean and deviation over seeds; of two groups whether one is better.
+
+    Example: lmobj compare runs/base_* --with runs/large_* --split test --output comparison.md
+    """
+    from lmobj.bench import markdown_table
+    from lmobj.errors import UserError
+    from lmobj.train.comparison import compare
+
+    groups = [found_runs(runs, "RUN"), *([found_runs(others, "--with")] if others else [])]
+    names = group_names(groups, name or ())
+    if output is not None and (output.suffix != ".md" or not output.parent.is_dir()):
+        raise UserError(f"--output is {str(output)!r}; accepted: a file .md in a folder that exists.")
+    keep_programs()
+    experiments = {name: [_experiment(run) for run in group] for name, group in zip(names, groups, strict=True)}
+    found = compare(
+        experiments, split=split, metric=metric, samples=samples, say=lambda text: print(text, file=sys.stderr)
+    )
+    if baseline and not found.baselines:
+        raise UserError(
+            f"--baseline is asked for, and --metric is {found.metric!r}, by which no baseline is known; accepted: "
+            "accuracy of classes, mse of numbers."
+        )
+    header, rows = found.table(baselines=baseline)
+    _print_table(header, rows)
+    if found.lines():
+        print("", *found.lines(), sep="\n")
+    if output is not None:
+        text = "\n".join([markdown_table(header, rows), *(f"{line}\n" for line in found.lines())])
+        output.write_text(text, encoding="utf-8")
 
 
 @app.command(rich_help_panel="Runs")

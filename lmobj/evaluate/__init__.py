@@ -41,7 +41,14 @@ from lmobj.evaluate._pictures import (
     read_picture,
     save_picture,
 )
-from lmobj.evaluate._resampling import PairedBootstrap, SeedSpread, paired_bootstrap, seed_spread
+from lmobj.evaluate._resampling import (
+    PairedBootstrap,
+    SeedDifference,
+    SeedSpread,
+    paired_bootstrap,
+    seed_difference,
+    seed_spread,
+)
 from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task_report
@@ -79,6 +86,7 @@ __all__ = [
     "RetrievalScores",
     "SamplingConfig",
     "ScatterPicture",
+    "SeedDifference",
     "SeedSpread",
     "Shot",
     "TaskKind",
@@ -119,6 +127,7 @@ __all__ = [
     "score_labels",
     "score_numbers",
     "score_retrieval",
+    "seed_difference",
     "seed_spread",
     "self_bleu",
     "summarise_answers",

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lmobj.errors import UserError
-from lmobj.evaluate._extras import tasks_extra
 
-__all__ = ["PairedBootstrap", "SeedSpread", "paired_bootstrap", "seed_spread"]
+__all__ = ["PairedBootstrap", "SeedDifference", "SeedSpread", "paired_bootstrap", "seed_difference", "seed_spread"]
 
 _NUMBERS_AT_ONCE = 1 << 22
 """Of counts of examples in resamples: 32 MiB."""
@@ -27,6 +26,23 @@ class SeedSpread(NamedTuple):
     """Lower end of the confidence interval of the mean; None with one seed."""
     high: float | None
     n: int
+
+    def show(self, percent: bool = False) -> str:
+        """Mean and deviation as `61.2 ± 0.5`, with as many digits as say something."""
+        scale, digits = (100, 1) if percent else (1, 4)
+        text = f"{self.mean * scale:.{digits}f}"
+        return text if self.deviation is None else f"{text} ± {self.deviation * scale:.{digits}f}"
+
+
+class SeedDifference(NamedTuple):
+    """The difference between the means of two systems' scores over their seeds, first - second."""
+
+    difference: float
+    error: float | None
+    """Its standard error; None where a system has one seed."""
+    low: float | None
+    """Lower end of its confidence interval; None where a system has one seed."""
+    high: float | None
 
 
 class PairedBootstrap(NamedTuple):
@@ -63,9 +79,40 @@ def seed_spread(values: Sequence[float], *, confidence: float = 0.95) -> SeedSpr
     if len(x) == 1:
         return SeedSpread(float(x[0]), None, None, None, 1)
     mean, deviation = float(x.mean()), float(x.std(ddof=1))
-    t = float(tasks_extra("scipy.stats", "a confidence interval").t.ppf((1 + confidence) / 2, len(x) - 1))
-    margin = t * deviation / np.sqrt(len(x))
+    margin = _t_quantile(confidence, len(x) - 1) * deviation / np.sqrt(len(x))
     return SeedSpread(mean, deviation, float(mean - margin), float(mean + margin), len(x))
+
+
+def seed_difference(first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95) -> SeedDifference:
+    """How far the means of two systems over their seeds are apart, and how sure that is over other seeds.
+
+        d = mean x - mean y,   e = sqrt(v_x + v_y),   v_x = s_x^2 / n_x
+        d +- t e,   t the (1 + confidence) / 2 quantile with (v_x + v_y)^2 / (v_x^2 / (n_x - 1) + v_y^2 / (n_y - 1))
+        degrees of freedom
+
+    Seeds are not paired: equal ones have nothing in common where the systems differ.
+
+    Args:
+      first, second: a score for each seed of a system; they may have other seeds, and more or fewer.
+      confidence: of the interval, between 0 and 1.
+
+    Raises:
+      UserError: as `seed_spread`.
+
+    Source: Welch 1947, "The generalization of Student's problem when several different population variances are
+    involved".
+    """
+    x, y = (seed_spread(values, confidence=confidence) for values in (first, second))
+    difference = x.mean - y.mean
+    if x.deviation is None or y.deviation is None:
+        return SeedDifference(difference, None, None, None)
+    v = np.array([x.deviation**2 / x.n, y.deviation**2 / y.n])
+    error = float(np.sqrt(v.sum()))
+    if not error:
+        return SeedDifference(difference, 0.0, difference, difference)
+    freedom = float(v.sum() ** 2 / (v**2 / np.array([x.n - 1, y.n - 1])).sum())
+    margin = _t_quantile(confidence, freedom) * error
+    return SeedDifference(difference, error, difference - margin, difference + margin)
 
 
 def paired_bootstrap(
@@ -136,6 +183,13 @@ def _difference(
 ) -> NDArray[np.float64]:
     """[B]: what separates two systems whose means are [2, B, K]."""
     return np.asarray(score(means[0])) - np.asarray(score(means[1]))
+
+
+def _t_quantile(confidence: float, freedom: float) -> float:
+    """Of Student's distribution: what lies between its negative and itself has the probability `confidence`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
 def _check_confidence(confidence: float) -> None:

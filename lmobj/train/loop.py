@@ -27,6 +27,7 @@ from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import active
 from lmobj.train.signals import Stopped, listen
 from lmobj.train.sinks import Sink, TensorBoard, WandBSink
+from lmobj.train.split_report import reported_splits
 from lmobj.train.step import State, StepMetrics
 from lmobj.train.summary import check_samples, summarise
 from lmobj.train.tracking import Tracker, last_metrics, read_metrics
@@ -127,8 +128,8 @@ def _rehearse(run: Assembly, evaluation: Evaluation) -> None:
     """
     memory.check_state(run)
     next(run.batches("train", steps=1))
-    if evaluation.has_text:
-        next(run.batches(evaluation.split, steps=1))
+    for split in {*([evaluation.split] if evaluation.has_text else []), *reported_splits(run)}:
+        next(run.batches(split, steps=1))
     with active(run.mesh, run.rules):
         carried = run.abstract_state.objective.carried
         metrics, _, _ = jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)

@@ -1,6 +1,7 @@
 """The report of a run: one HTML page that needs nothing but itself, made from the files in the run folder.
 
-Reads `metrics.jsonl` and, where they exist, `config.yaml`, `environment.json`, `baselines.json` and `samples.json`.
+Reads `metrics.jsonl` and, where they exist, `config.yaml`, `environment.json`, `baselines.json`, `samples.json` and
+`eval/`.
 Everything that is shown is escaped: samples are a model's output and may hold any text.
 """
 
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lmobj.errors import UserError
+from lmobj.train.split_report import SplitReport, read_reports
 from lmobj.train.storage import write_atomically
 from lmobj.train.tracking import read_metrics
 
@@ -86,6 +88,7 @@ class Run:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     baselines: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    splits: list[SplitReport] = dataclasses.field(default_factory=list)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one metric, finite values only."""
@@ -132,6 +135,7 @@ def write_report(run_dir: str | Path) -> Path:
         quantity=_QUANTITIES[run.judged_by][0],
         better=_QUANTITIES[run.judged_by][2],
         charts=[_svg(run, draw) for draw in _charts(run)],
+        splits=[_split(run, told) for told in run.splits],
         samples=list(_samples(run)),
         metrics=_table(run),
         config=run.config_text,
@@ -169,6 +173,7 @@ def _read(path: Path) -> Run:
         _read_json(path / "environment.json", {}),
         _read_json(path / "baselines.json", {}),
         _read_json(path / "samples.json", []),
+        read_reports(path),
     )
 
 
@@ -226,6 +231,24 @@ def _comparison(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def _split(run: Run, told: SplitReport) -> dict[str, Any]:
+    """What is told of a task on a split: its figures beside the baselines', a table of scores, and a picture."""
+    picture = told.picture
+    return {
+        "name": told.split,
+        "note": f"{told.examples:,} examples, after {told.step:,} steps",
+        "baselines": list(told.baselines),
+        "figures": [
+            (name, _short(value), [_short(each[name]) if name in each else "" for each in told.baselines.values()])
+            for name, value in sorted(told.figures.items())
+        ],
+        "header": told.header,
+        "rows": told.lines(),
+        "picture": picture and _svg(run, lambda axes, _: picture.draw(axes), picture.size)[1],
+        "width": picture and round(min(max(360, 90 * picture.size[0]), 900)),
+    }
+
+
 def _samples(run: Run) -> Iterator[dict[str, Any]]:
     """Samples with what the model wrote told apart: after the prompt, or in place of its masks."""
     for sample in run.samples:
@@ -270,10 +293,10 @@ def _charts(run: Run) -> list[Draw]:
     return [draw for draw, names in wanted if any(run.series(name)[0].size for name in names)]
 
 
-def _svg(run: Run, draw: Draw) -> tuple[str, markupsafe.Markup]:
+def _svg(run: Run, draw: Draw, size: tuple[float, float] = (6.2, 3.5)) -> tuple[str, markupsafe.Markup]:
     """A chart's title, and the chart as an SVG element that scales with the page."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 3.5), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.subplots()
         draw(axes, run)

@@ -10,8 +10,8 @@ baselines.json     what n-gram models reach on the same held-out text
 samples.json       texts sampled from the model
 report.html        all of it on one page
 
-`train.guard` adds bad_batches/ with the batches that it refused, `train.profile` adds profile/, and `train.wandb` adds
-wandb/ and wandb_id.
+A task adds eval/ with what is told of each split (`split_report`), `train.guard` adds bad_batches/ with the batches
+that it refused, `train.profile` adds profile/, and `train.wandb` adds wandb/ and wandb_id.
 
 It is a path or a URL. For a URL in a store (`gs://...`), checkpoints go there by themselves, and the other files, which
 are appended to, are kept in a working copy on this machine. They are sent just before a checkpoint becomes complete and
@@ -149,21 +149,28 @@ class RunFolder:
             if not name.startswith(f"{_CHECKPOINTS}/"):
                 self._store.fetch(name, self.path / name)
 
+    def fetched(self, name: str) -> pathlib.Path | None:
+        """One of the folder's files, which is brought here from a store; None if there is no such."""
+        path = self.path / name
+        if self._store is not None:
+            if not self._store.has(name):
+                return None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._store.fetch(name, path)
+        return path if path.is_file() else None
+
     def fetched_tokenizer(self) -> pathlib.Path:
         """The tokenizer's file, which is brought here from a store. Raises UserError if the run has none."""
         name = self.tokenizer.name
-        if self._store is not None and self._store.has(name):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._store.fetch(name, self.tokenizer)
-        if not self.tokenizer.is_file():
+        if self.fetched(name) is None:
             raise UserError(f"{str(self)!r} has no {name}; accepted: a run that keeps one, or its data.tokenizer.path.")
         return self.tokenizer
 
-    def publish(self) -> None:
-        """Sends what has changed in the working copy to the store. Only the first process does."""
+    def publish(self, pattern: str = "*") -> None:
+        """Sends what has changed in the working copy, and matches, to the store. Only the first process does."""
         if self._store is None or not is_first():
             return
-        for path in sorted(self.path.rglob("*")):
+        for path in sorted(self.path.rglob(pattern)):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and not path.name.startswith("."):
                 status = path.stat()

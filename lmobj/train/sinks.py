@@ -33,6 +33,15 @@ class Sink(Protocol):
         ...
 
 
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: they become null, in mappings and lists too."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class JsonLines:
     """One JSON object a line, handed to the operating system at once. NaN and infinity become null."""
 
@@ -41,8 +50,7 @@ class JsonLines:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """See `Sink`."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": step, **finite(values)}, allow_nan=False) + "\n")
         self._file.flush()
 
     def text(self, step: int, name: str, value: str) -> None:

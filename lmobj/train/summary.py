@@ -18,6 +18,7 @@ from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
 from lmobj.train.report import write_report
 from lmobj.train.run_folder import RunFolder
+from lmobj.train.split_report import examine, reported_splits
 from lmobj.train.step import State
 from lmobj.train.tracking import Tracker
 
@@ -56,7 +57,8 @@ def check_samples(run: Assembly) -> None:
 
 
 def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFolder, tracker: Tracker) -> None:
-    """Writes baselines.json, samples.json and report.html, and prints the figures, one sample and the report's path."""
+    """Writes baselines.json, samples.json, of a task eval/, and report.html; prints figures, a sample and its path."""
+    told = [examine(run, state, split)[1] for split in reported_splits(run)]
     model = run.model(state) if run.config.sample and "model" in run.program.graphs else None
     if not distributed.is_first():  # the parameters came from every process; the rest is the first one's
         return
@@ -66,6 +68,8 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
     folder.write_json("samples.json", samples)
     for sample in samples:
         tracker.text(int(state.step), "sample", sample["text"])
+    for one in filter(None, told):
+        one.write(folder)
     report = write_report(folder.path)
 
     figure = run.objective.judged_by

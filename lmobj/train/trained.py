@@ -32,6 +32,7 @@ from lmobj.train.evaluation import Evaluation
 from lmobj.train.initial import restored_state
 from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import MeshConfig
+from lmobj.train.split_report import SplitReport, examine
 from lmobj.train.step import State
 
 __all__ = ["TrainedRun", "on_one_device", "open_run"]
@@ -62,6 +63,10 @@ class TrainedRun:
     def evaluate(self, split: str = "validation") -> dict[str, float]:
         """The metrics over a whole split, as at the end of training."""
         return Evaluation(self.assembly, split)(self.state)
+
+    def examine(self, split: str = "validation") -> tuple[dict[str, float], SplitReport | None]:
+        """The same metrics, and of a task's run what is told of the split beside them."""
+        return examine(self.assembly, self.state, split)
 
     def continue_text(self, prompts: Sequence[str], settings: DecodingConfig) -> list[list[Continuation]]:
         """Continues each prompt; for every prompt the samples or beams.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,12 +136,6 @@ def test_what_cannot_be_scored_is_refused() -> None:
     for true, given in (([1.0], [1.0]), ([1.0, np.nan], [1.0, 2.0])):
         with pytest.raises(UserError, match="at least 2, all finite"):
             score_numbers(true, given)
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(UserError, match=r"a correlation needs the package scipy, .* pip install 'lmobj\[tasks\]'"):
-        score_numbers([1, 2], [2, 1])
 
 
 def test_a_picture_is_drawn_and_drawn_alike(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import itertools
 import numpy as np
 import pytest
 from mutants import Mutant, assert_killed
+from scipy import stats
 
 from lmobj.errors import UserError
-from lmobj.evaluate import _resampling, paired_bootstrap, seed_spread
+from lmobj.evaluate import _resampling, paired_bootstrap, seed_difference, seed_spread
 
 
 def test_spread_by_hand() -> None:
@@ -20,6 +21,18 @@ def test_spread_by_hand() -> None:
     # With one degree of freedom the quantile is tan(pi (q - 1/2)): of 75%, 1.
     assert seed_spread([0.0, 2.0], confidence=0.5)[2:4] == pytest.approx((0, 2), abs=1e-12)
     assert seed_spread([0.5]) == (0.5, None, None, None, 1)
+
+
+def test_a_difference_over_seeds_is_welchs() -> None:
+    x, y = [0.8, 0.9, 0.85], [0.7, 0.72]
+    found = seed_difference(x, y, confidence=0.9)
+    peer = stats.ttest_ind(x, y, equal_var=False)
+    interval = peer.confidence_interval(0.9)
+    assert found.difference == pytest.approx(0.85 - 0.71)
+    assert found.error == pytest.approx(np.sqrt(0.05**2 / 3 + 0.0002 / 2))  # deviations 0.05 and 0.02 / sqrt(2)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert seed_difference([0.5], y)[1:] == (None, None, None)
+    assert seed_difference([0.5, 0.5], [0.25, 0.25]) == (0.25, 0.0, 0.25, 0.25)
 
 
 def test_three_examples_have_27_resamples() -> None:

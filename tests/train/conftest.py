@@ -9,6 +9,7 @@ import pytest
 import tiny_runs
 
 from lmobj.train import FitResult, fit
+from lmobj.train.trained import TrainedRun, open_run
 
 
 @pytest.fixture
@@ -35,3 +36,12 @@ def masked(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Fi
     """A finished run of a masked language model. Nothing may write into its folder."""
     with tiny_runs.quick_compilation():
         return fit(tiny_runs.experiment(corpus, tmp_path_factory.mktemp("runs") / "masked", "masked_lm"), quiet=True)
+
+
+@pytest.fixture(scope="session")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A finished run of `tiny_runs.classification`, opened again. Nothing may write into its folder."""
+    config = tiny_runs.classification(tmp_path_factory.mktemp("classified"))
+    with tiny_runs.quick_compilation():
+        fit(config, quiet=True)
+        return open_run(config, quiet=True)

@@ -10,51 +10,22 @@ import pathlib
 import numpy as np
 import pytest
 import tiny_runs
+from tiny_runs import labelled_rows as rows
 
 from lmobj.cli._main import main
-from lmobj.config import Experiment
-from lmobj.data import DataConfig, HeldOut, JsonLines, SentencePieceConfig
+from lmobj.data import JsonLines
 from lmobj.errors import UserError
-from lmobj.models import EncoderConfig
-from lmobj.objectives import Classification, Regression
-from lmobj.train import FitResult, TrainConfig, fit
+from lmobj.objectives import Regression
+from lmobj.train import FitResult, fit
 from lmobj.train.prediction import predict
-from lmobj.train.sharding import MeshConfig
 from lmobj.train.trained import TrainedRun, open_run
 
 Captured = pytest.CaptureFixture[str]
 
 
-def rows(count: int) -> list[dict[str, object]]:
-    """Pairs of texts, of which many are longer than a row, labelled by whether a word is in the first."""
-    words = [("sun", "dry") if i % 3 else ("rain", "wet") for i in range(count)]
-    return [
-        {"a": f"{word} " * (i % 9 + 1), "b": "word " * (i % 5 + 1), "y": label} for i, (word, label) in enumerate(words)
-    ]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    folder = tmp_path_factory.mktemp("predicted")
-    for name, count in (("train", 80), ("dev", 11)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
-    config = Experiment(
-        run=str(folder / "run"),
-        data=DataConfig(
-            source=JsonLines(files=(str(folder / "train.jsonl"),), text="a", pair="b", label="y"),
-            tokenizer=SentencePieceConfig(vocab_size=280),
-            validation=HeldOut(files=(str(folder / "dev.jsonl"),)),
-            test=0.0,
-            length=12,
-            cache=str(folder / "cache"),
-        ),
-        model=EncoderConfig(layers=1, width=16, heads=2, max_length=12),
-        objective=Classification(),
-        train=TrainConfig(steps=30, batch_size=4, mesh=MeshConfig(data=1)),
-    )
-    with tiny_runs.quick_compilation():
-        fit(config, quiet=True)
-        return open_run(config, quiet=True)
+@pytest.fixture
+def run(classified: TrainedRun) -> TrainedRun:
+    return classified
 
 
 def lines(path: pathlib.Path) -> list[dict]:

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 
 from lmobj.config import Experiment
-from lmobj.data import DataConfig, SentencePieceConfig, TextFiles
+from lmobj.data import DataConfig, HeldOut, JsonLines, SentencePieceConfig, TextFiles
 from lmobj.models import DecoderConfig, EncoderConfig
-from lmobj.objectives import CausalLM, MaskedLM
+from lmobj.objectives import CausalLM, Classification, MaskedLM
 from lmobj.train import TrainConfig
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.optimizers import AdamW
 from lmobj.train.schedules import ConstantSchedule
+from lmobj.train.sharding import MeshConfig
 
 STEPS = 12
 """Of every shared run. Evaluations at 3, 6, 9 and 12, checkpoints at 4, 8 and 12, of which the newest two are kept."""
@@ -107,6 +108,34 @@ def experiment(
         "sample": {"causal_lm": ("the quick",), "masked_lm": ("the quick [MASK] sees",)}[kind],
     }
     return Experiment(**{**settings, **changes})
+
+
+def labelled_rows(count: int) -> list[dict[str, object]]:
+    """Pairs of texts, of which many are longer than a row, labelled by whether a word is in the first."""
+    words = [("sun", "dry") if i % 3 else ("rain", "wet") for i in range(count)]
+    return [
+        {"a": f"{word} " * (i % 9 + 1), "b": "word " * (i % 5 + 1), "y": label} for i, (word, label) in enumerate(words)
+    ]
+
+
+def classification(folder: pathlib.Path) -> Experiment:
+    """A run of classification of such rows, of which it writes 80 to train on and 11 to be evaluated on."""
+    for name, count in (("train", 80), ("dev", 11)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled_rows(count)))
+    return Experiment(
+        run=str(folder / "run"),
+        data=DataConfig(
+            source=JsonLines(files=(str(folder / "train.jsonl"),), text="a", pair="b", label="y"),
+            tokenizer=SentencePieceConfig(vocab_size=280),
+            validation=HeldOut(files=(str(folder / "dev.jsonl"),)),
+            test=0.0,
+            length=12,
+            cache=str(folder / "cache"),
+        ),
+        model=EncoderConfig(layers=1, width=16, heads=2, max_length=12),
+        objective=Classification(),
+        train=TrainConfig(steps=30, batch_size=4, mesh=MeshConfig(data=1)),
+    )
 
 
 def metric_lines(run: pathlib.Path) -> list[dict[str, float | None]]:
