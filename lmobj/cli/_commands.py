@@ -209,7 +209,7 @@ def compare(
     if baseline and not found.baselines:
         raise UserError(
             f"--baseline is asked for, and --metric is {found.metric!r}, by which no baseline is known; accepted: "
-            "accuracy of classes, mse of numbers."
+            f"{experiments[names[0]][0].objective.judged_by}, or no --baseline."
         )
     header, rows = found.table(baselines=baseline)
     _print_table(header, rows)

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2.sandbox
 import markupsafe
@@ -63,15 +63,30 @@ STYLE: dict[Any, Any] = {
 
 _DASHES: tuple[Any, ...] = ((0, (1, 1.6)), (0, (4, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 3)), (0, (2, 4)))
 
+class _Quantity(NamedTuple):
+    """A figure that a run may be judged by: title, label of an axis, which way is better, and whether it is a share."""
+
+    title: str
+    label: str
+    better: str
+    share: bool = False
+
+    def show(self, value: float) -> str:
+        """A value as text."""
+        return _percent(value) if self.share else f"{value:.3f}"
+
+
 _QUANTITIES = {
-    "bits_per_byte": ("Bits per byte", "held-out bits per byte", "lower"),
-    "top5_accuracy": ("Top-5 accuracy", "held-out top-5 accuracy", "higher"),
-    "accuracy": ("Accuracy", "held-out accuracy", "higher"),
-    "mse": ("Squared error", "held-out squared error", "lower"),
-    "perplexity": ("Perplexity", "held-out perplexity", "lower"),
-    "loss": ("Loss", "held-out loss (nats)", "lower"),
+    "entity_f1": _Quantity("F1 of entities", "held-out F1 of entities", "higher", share=True),
+    "f1": _Quantity("F1 of answers", "held-out F1 of answers", "higher", share=True),
+    "bits_per_byte": _Quantity("Bits per byte", "held-out bits per byte", "lower"),
+    "top5_accuracy": _Quantity("Top-5 accuracy", "held-out top-5 accuracy", "higher", share=True),
+    "accuracy": _Quantity("Accuracy", "held-out accuracy", "higher", share=True),
+    "mse": _Quantity("Squared error", "held-out squared error", "lower"),
+    "perplexity": _Quantity("Perplexity", "held-out perplexity", "lower"),
+    "loss": _Quantity("Loss", "held-out loss (nats)", "lower"),
 }
-"""Evaluation metrics that a run may be judged by, the first that it has: title, axis label, which way is better."""
+"""Evaluation metrics that a run may be judged by: the first that it has."""
 
 
 Draw = Callable[[Axes, "Run"], None]
@@ -104,6 +119,11 @@ class Run:
         """The evaluation metric that says how good the model is."""
         return next((name for name in _QUANTITIES if self.last(f"eval/{name}") is not None), "loss")
 
+    @property
+    def quantity(self) -> _Quantity:
+        """The metric that the run is judged by."""
+        return _QUANTITIES[self.judged_by]
+
     def compared(self) -> list[tuple[str, float]]:
         """The baselines that are known by the metric that the run is judged by, and their values, largest first."""
         known = [
@@ -111,9 +131,6 @@ class Run:
         ]
         return sorted((pair for pair in known if _is_number(pair[1])), key=lambda pair: -pair[1])
 
-    def show(self, value: float) -> str:
-        """A value of the metric that the run is judged by, as text."""
-        return _percent(value) if "accuracy" in self.judged_by else f"{value:.3f}"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -132,8 +149,8 @@ def write_report(run_dir: str | Path) -> Path:
         subtitle=" · ".join(_subtitle(run)),
         tiles=list(_tiles(run)),
         comparison=_comparison(run),
-        quantity=_QUANTITIES[run.judged_by][0],
-        better=_QUANTITIES[run.judged_by][2],
+        quantity=run.quantity.title,
+        better=run.quantity.better,
         charts=[_svg(run, draw) for draw in _charts(run)],
         splits=[_split(run, told) for told in run.splits],
         samples=list(_samples(run)),
@@ -201,8 +218,9 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     for name in dict.fromkeys((run.judged_by, "perplexity", "loss")):
         value = run.last(f"eval/{name}")
         if value is not None:
-            title, label, _ = _QUANTITIES[name]
-            yield _percent(value) if "accuracy" in name else _short(value), title.lower(), label.split(" ", 1)[0]
+            quantity = _QUANTITIES[name]
+            shown = _percent(value) if quantity.share else _short(value)
+            yield shown, quantity.title.lower(), quantity.label.split(" ", 1)[0]
     if (train_loss := run.last("train/loss")) is not None:
         yield _short(train_loss), "training loss", "last logged"
     _, speed = run.series("perf/tokens_per_second")
@@ -223,11 +241,11 @@ def _comparison(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "value": run.show(value),
+            "value": run.quantity.show(value),
             "width": round(100 * value / largest, 1),
             "model": name == "this model",
         }
-        for name, value in sorted(rows, key=lambda row: row[1], reverse=_QUANTITIES[run.judged_by][2] == "higher")
+        for name, value in sorted(rows, key=lambda row: row[1], reverse=run.quantity.better == "higher")
     ]
 
 
@@ -324,18 +342,18 @@ def _draw_loss(axes: Axes, run: Run) -> None:
 
 
 def _draw_judged(axes: Axes, run: Run) -> None:
-    title, label, better = _QUANTITIES[run.judged_by]
+    quantity = run.quantity
     steps, values = run.series(f"eval/{run.judged_by}")
     axes.plot(steps, values, color=ORANGE, linewidth=2, marker="o", markersize=4.5, zorder=3)
     lines = run.compared()
     for (_, value), dash in zip(lines, _DASHES, strict=False):
         axes.axhline(value, color=GREY, linewidth=1.3, linestyle=dash)
-    _finish(axes, f"{title} ({better} is better)", label)
-    if "accuracy" in run.judged_by:
+    _finish(axes, f"{quantity.title} ({quantity.better} is better)", quantity.label)
+    if quantity.share:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
     if values.size:
         ends = [(_clip(name), value, GREY) for name, value in lines] + [("this model", values[-1], ORANGE)]
-        _label_ends(axes, [(f"{name} {run.show(value)}", value, color) for name, value, color in ends])
+        _label_ends(axes, [(f"{name} {quantity.show(value)}", value, color) for name, value, color in ends])
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
