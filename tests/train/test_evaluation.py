@@ -20,11 +20,11 @@ from lmobj.batch import Vocabulary
 from lmobj.config import Experiment
 from lmobj.data import DataConfig, HeldOut, SentencePieceConfig, SeparatedValues
 from lmobj.errors import UserError
-from lmobj.evaluate import NGram, output_logits
+from lmobj.evaluate import TASKS, NGram, output_logits
 from lmobj.models import EncoderConfig, OutputHead
 from lmobj.objectives import Classification, MaskedLM
 from lmobj.train import Assembly, FitResult, TrainConfig, assemble
-from lmobj.train.evaluation import Evaluation, _constant_answers, readable
+from lmobj.train.evaluation import Evaluation, readable
 from lmobj.train.sharding import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -295,5 +295,5 @@ def test_figures_of_a_task_are_those_of_its_rows_in_any_batches(tmp_path: pathli
 
 def test_the_mean_is_what_numbers_are_compared_with() -> None:
     # The mean of 1, 2 and 6 is 3; 2 and 7 are 1 and 4 away.
-    found = _constant_answers(np.float32([1, 2, 6]), np.float32([2, 7]))
+    found = TASKS["regression"].baselines(np.float32([1, 2, 6]), np.float32([2, 7]))
     assert found == {"mean of the training": {"mse": pytest.approx((1 + 16) / 2)}}
