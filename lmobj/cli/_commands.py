@@ -135,16 +135,34 @@ def evaluate(
     run: Run,
     overrides: Overrides = None,
     split: Annotated[Split, typer.Option(help="Which part of the data.")] = "validation",
+    task: Annotated[
+        Path | None,
+        typer.Option(metavar="TASK.yaml", help="Answer a task by likelihood instead, with or without examples."),
+    ] = None,
     best: Best = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures."""
+    """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures.
+
+    Example: lmobj eval runs/gpt --task sentiment.yaml
+    """
     from lmobj.train.distributed import agreed, is_first
     from lmobj.train.trained import open_run
 
     keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
+    if task is not None:
+        from lmobj.cli._tasks import print_task
+        from lmobj.errors import UserError
+
+        if split != "validation":
+            raise UserError(
+                f"--split is {split}, and a task brings texts of its own; accepted: --task without --split."
+            )
+        print_task(experiment, task, best=best, as_json=as_json, print_table=_print_table)
+        _tell_weights(experiment)
+        return
     metrics = open_run(experiment, best=best).evaluate(split)
     if not is_first():
         return

@@ -15,6 +15,7 @@ from lmobj.evaluate._answer_scores import (
     summarise_answers,
 )
 from lmobj.evaluate._answer_spans import AnswerSpan, FoundAnswers, find_answers
+from lmobj.evaluate._answer_task import AnswerSource, AnswerTask, MultipleChoiceFiles
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated, output_logits
 from lmobj.evaluate._class_scores import (
@@ -32,8 +33,16 @@ from lmobj.evaluate._confusion_picture import draw_confusion
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
+from lmobj.evaluate._likelihood import (
+    Normalisation,
+    ScoredText,
+    answer_scores,
+    continuation_log_probs,
+    scored_text,
+)
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
 from lmobj.evaluate._ngram import NGram, bits_per_byte, unigram_top_k
+from lmobj.evaluate._prompt_template import AnsweredText, PromptTemplate
 from lmobj.evaluate._resampling import PairedBootstrap, SeedSpread, paired_bootstrap, seed_spread
 from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
@@ -44,8 +53,11 @@ from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repe
 __all__ = [
     "TASK_METRICS",
     "AnswerScores",
+    "AnswerSource",
     "AnswerSpan",
     "AnswerSummary",
+    "AnswerTask",
+    "AnsweredText",
     "Answers",
     "BeamConfig",
     "ClassReport",
@@ -61,16 +73,21 @@ __all__ = [
     "FoundAnswers",
     "Generated",
     "MultiLabelScores",
+    "MultipleChoiceFiles",
     "NGram",
+    "Normalisation",
     "PairedBootstrap",
+    "PromptTemplate",
     "RegressionScores",
     "RetrievalScores",
     "SamplingConfig",
+    "ScoredText",
     "SeedSpread",
     "Shot",
     "TextStatistics",
     "answer_f1",
     "answer_queries",
+    "answer_scores",
     "apply_null_threshold",
     "beam_search",
     "best_null_threshold",
@@ -78,6 +95,7 @@ __all__ = [
     "choose_shots",
     "cloze_hits",
     "confusion_matrix",
+    "continuation_log_probs",
     "continue_text",
     "cosine_scores",
     "distinct_share",
@@ -102,6 +120,7 @@ __all__ = [
     "score_labels",
     "score_numbers",
     "score_retrieval",
+    "scored_text",
     "seed_spread",
     "self_bleu",
     "summarise_answers",

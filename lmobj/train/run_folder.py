@@ -9,6 +9,7 @@ environment.json   versions and devices
 baselines.json     what n-gram models reach on the same held-out text
 samples.json       texts sampled from the model
 report.html        all of it on one page
+eval/              what `lmobj eval --task` found, a file of figures and one of answers for each task
 
 `train.guard` adds bad_batches/ with the batches that it refused, `train.profile` adds profile/, and `train.wandb` adds
 wandb/ and wandb_id.
@@ -201,6 +202,21 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Writes one of the folder's JSON files whole or not at all."""
         write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def add(self, name: str, text: str) -> None:
+        """Writes one more file of a finished run, in the place of one of this name, and sends it where the run is kept.
+
+        Raises:
+          UserError: the folder cannot be written to.
+        """
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            raise UserError(f"{str(path)!r} cannot be written ({error.strerror or error}).") from error
+        if self._store is not None:
+            self._store.send(path, name)
 
 
 def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
