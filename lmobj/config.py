@@ -25,7 +25,7 @@ from lmobj import _settings, _yaml
 from lmobj.adapt import AdapterConfig
 from lmobj.data import DataConfig
 from lmobj.errors import UserError
-from lmobj.evaluate import AnswerTask
+from lmobj.evaluate import AnswerTask, GenerationConfig
 from lmobj.models import ModelConfig
 from lmobj.objectives import ObjectiveConfig
 from lmobj.train.config import TrainConfig
@@ -59,6 +59,9 @@ class Experiment:
     """Steps, batches, optimizer, mesh, evaluation and checkpoints."""
     sample: tuple[str, ...] = ()
     """Prompts that the finished model continues (or whose [MASK] it fills) for the report."""
+    generation: GenerationConfig | None = None
+    """Texts of the finished model under several decodings, with figures beside those of held-out text, for the report;
+    null: none."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or "\\" in self.name or self.name in (".", ".."):

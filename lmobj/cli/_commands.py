@@ -139,6 +139,9 @@ def evaluate(
         Path | None,
         typer.Option(metavar="TASK.yaml", help="Answer a task by likelihood instead, with or without examples."),
     ] = None,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="Write texts under several decodings instead, and compare them.")
+    ] = False,
     best: Best = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -152,15 +155,14 @@ def evaluate(
     keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
-    if task is not None:
-        from lmobj.cli._tasks import print_task
-        from lmobj.errors import UserError
+    if task is not None or generation:
+        from lmobj.cli._tasks import check_options, print_generation, print_task
 
-        if split != "validation":
-            raise UserError(
-                f"--split is {split}, and a task brings texts of its own; accepted: --task without --split."
-            )
-        print_task(experiment, task, best=best, as_json=as_json, print_table=_print_table)
+        check_options(task, generation, split)
+        if task is not None:
+            print_task(experiment, task, best=best, as_json=as_json, print_table=_print_table)
+        else:
+            print_generation(experiment, best=best, as_json=as_json, print_table=_print_table)
         _tell_weights(experiment)
         return
     metrics = open_run(experiment, best=best).evaluate(split)

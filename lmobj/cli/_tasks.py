@@ -1,4 +1,4 @@
-"""`eval --task`: a task's figures beside the commonest answer, and its classes."""
+"""`eval --task`, a task's figures beside the commonest answer, and `eval --generation`, those of texts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,42 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lmobj.config import Experiment, load_task
+from lmobj.errors import UserError
+from lmobj.evaluate import GenerationConfig
+from lmobj.train.generation import check_generation, figure_rows, generation_study
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.task_evaluation import TaskResult, evaluate_task
 from lmobj.train.trained import on_one_device, open_run
 
-__all__ = ["print_task"]
+__all__ = ["check_options", "print_generation", "print_task"]
 
 PrintTable = Callable[[Sequence[str], Iterable[Sequence[str]]], None]
+
+
+def check_options(task: Path | None, generation: bool, split: str) -> None:
+    """Refuses options of `eval` that do not go together."""
+    if task is not None and generation:
+        raise UserError(f"--task is {str(task)!r}, and --generation is given too; accepted: one of the two.")
+    if split != "validation":
+        option = "--generation" if generation else "--task"
+        raise UserError(f"--split is {split}, and {option} does not evaluate a split; accepted: one of the two.")
+
+
+def print_generation(experiment: Experiment, *, best: bool, as_json: bool, print_table: PrintTable) -> None:
+    """Writes texts as the config's `generation` says, or as it does by default, and prints their figures.
+
+    The texts go into eval/generation.json of the run folder.
+    """
+    trained = open_run(on_one_device(experiment), best=best, quiet=as_json)
+    config = experiment.generation or GenerationConfig()
+    check_generation(trained.assembly, config)
+    study = generation_study(trained.assembly, trained.model, config, step=int(trained.state.step))
+    text = json.dumps(study, indent=2, ensure_ascii=False) + "\n"
+    RunFolder(experiment.run_dir).add("eval/generation.json", text)
+    if as_json:
+        print(json.dumps(study))
+    else:
+        print_table(*figure_rows(study))
 
 
 def print_task(experiment: Experiment, path: Path, *, best: bool, as_json: bool, print_table: PrintTable) -> None:

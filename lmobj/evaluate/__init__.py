@@ -33,6 +33,13 @@ from lmobj.evaluate._confusion_picture import draw_confusion
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
+from lmobj.evaluate._generation import (
+    GenerationConfig,
+    TextFigures,
+    compare_decodings,
+    passages,
+    text_figures,
+)
 from lmobj.evaluate._likelihood import (
     Normalisation,
     ScoredText,
@@ -72,6 +79,7 @@ __all__ = [
     "Filling",
     "FoundAnswers",
     "Generated",
+    "GenerationConfig",
     "MultiLabelScores",
     "MultipleChoiceFiles",
     "NGram",
@@ -84,6 +92,7 @@ __all__ = [
     "ScoredText",
     "SeedSpread",
     "Shot",
+    "TextFigures",
     "TextStatistics",
     "answer_f1",
     "answer_queries",
@@ -94,6 +103,7 @@ __all__ = [
     "bits_per_byte",
     "choose_shots",
     "cloze_hits",
+    "compare_decodings",
     "confusion_matrix",
     "continuation_log_probs",
     "continue_text",
@@ -111,6 +121,7 @@ __all__ = [
     "normalise_chinese_answer",
     "output_logits",
     "paired_bootstrap",
+    "passages",
     "repeated_share",
     "repetition_penalty",
     "sample",
@@ -125,6 +136,7 @@ __all__ = [
     "self_bleu",
     "summarise_answers",
     "task_metrics",
+    "text_figures",
     "text_statistics",
     "top_k_filter",
     "top_p_filter",

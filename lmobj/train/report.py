@@ -1,6 +1,7 @@
 """The report of a run: one HTML page that needs nothing but itself, made from the files in the run folder.
 
-Reads `metrics.jsonl` and, where they exist, `config.yaml`, `environment.json`, `baselines.json` and `samples.json`.
+Reads `metrics.jsonl` and, where they exist, `config.yaml`, `environment.json`, `baselines.json`, `samples.json` and
+`generation.json`.
 Everything that is shown is escaped: samples are a model's output and may hold any text.
 """
 
@@ -22,9 +23,10 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lmobj.errors import UserError
+from lmobj.train.generation import figure_rows
 from lmobj.train.storage import write_atomically
 from lmobj.train.tracking import read_metrics
 
@@ -86,6 +88,7 @@ class Run:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     baselines: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one metric, finite values only."""
@@ -133,6 +136,7 @@ def write_report(run_dir: str | Path) -> Path:
         better=_QUANTITIES[run.judged_by][2],
         charts=[_svg(run, draw) for draw in _charts(run)],
         samples=list(_samples(run)),
+        generation=_generation(run),
         metrics=_table(run),
         config=run.config_text,
         environment=list(_facts(run.environment)),
@@ -169,6 +173,7 @@ def _read(path: Path) -> Run:
         _read_json(path / "environment.json", {}),
         _read_json(path / "baselines.json", {}),
         _read_json(path / "samples.json", []),
+        _read_json(path / "generation.json", {}),
     )
 
 
@@ -237,6 +242,26 @@ def _samples(run: Run) -> Iterator[dict[str, Any]]:
             "written": text.removeprefix(prompt) if continued else text,
             "continued": continued,
         }
+
+
+def _generation(run: Run) -> dict[str, Any]:
+    """Figures of what decodings write, a picture of them, and their first text after each prompt."""
+    if not run.generation:
+        return {}
+    header, rows = figure_rows(run.generation)
+    return {
+        "header": header[1:],
+        "rows": rows,
+        "reference": run.generation["reference"] is not None,
+        "chart": _svg(run, _draw_generation),
+        "texts": [(prompt, list(_written(run, prompt))) for prompt in run.generation["prompts"]],
+    }
+
+
+def _written(run: Run, prompt: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of each decoding's first text after a prompt."""
+    for decoding in run.generation["decodings"]:
+        yield decoding["name"], next(text["text"] for text in decoding["texts"] if text["prompt"] == prompt)
 
 
 def _table(run: Run) -> list[tuple[str, str, str, str]]:
@@ -331,6 +356,27 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
             fontsize=9.5,
             fontweight=weight,
         )
+
+
+def _draw_generation(axes: Axes, run: Run) -> None:
+    """Each decoding's distinct pairs of tokens against its perplexity; dashed lines cross where held-out text is."""
+    axes.set_title("Variety against probability")
+    axes.set_xlabel("perplexity under the model")
+    axes.set_ylabel("distinct-2")
+    axes.set_xscale("log")
+    marks = [(one["name"], one["figures"], BLUE) for one in run.generation["decodings"]]
+    if (reference := run.generation["reference"]) is not None:
+        marks.append((reference["name"], reference["figures"], ORANGE))
+        for line, figure in ((axes.axvline, "perplexity"), (axes.axhline, "distinct_2")):
+            line(reference["figures"][figure], color=ORANGE, linewidth=1, linestyle=_DASHES[1], alpha=0.6)
+    for name, figures, color in marks:
+        point = (figures["perplexity"], figures["distinct_2"])
+        axes.plot(*point, marker="D" if color == ORANGE else "o", markersize=7, color=color, linestyle="", zorder=3)
+        axes.annotate(_clip(name), point, xytext=(7, 6), textcoords="offset points", color=color, fontsize=9.5)
+    axes.margins(x=0.25, y=0.18)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}"))
 
 
 def _draw_speed(axes: Axes, run: Run) -> None:

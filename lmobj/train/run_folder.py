@@ -8,6 +8,7 @@ tensorboard/       the same metrics as event files
 environment.json   versions and devices
 baselines.json     what n-gram models reach on the same held-out text
 samples.json       texts sampled from the model
+generation.json    texts of several decodings with their figures, where `generation` asks for them
 report.html        all of it on one page
 eval/              what `lmobj eval --task` found, a file of figures and one of answers for each task
 
@@ -40,10 +41,10 @@ __all__ = ["RunFolder", "check_same_run", "differing_keys"]
 
 MAY_CHANGE = (
     "run", "train.mesh", "train.zero", "train.log_every", "train.keep", "train.guard", "train.profile", "train.wandb",
-    "data.cache", "data.workers",
+    "data.cache", "data.workers", "generation",
 )  # fmt: skip
 """Keys that `resume` lets differ: they change where and how fast a run goes, never what it computes; or, train.guard,
-what becomes of batches that would end it."""
+what becomes of batches that would end it, and, generation, what is told of the model at the end."""
 
 _CHECKPOINTS = "checkpoints"
 
