@@ -364,16 +364,24 @@ def _draw_generation(axes: Axes, run: Run) -> None:
     axes.set_xlabel("perplexity under the model")
     axes.set_ylabel("distinct-2")
     axes.set_xscale("log")
-    marks = [(one["name"], one["figures"], BLUE) for one in run.generation["decodings"]]
     if (reference := run.generation["reference"]) is not None:
-        marks.append((reference["name"], reference["figures"], ORANGE))
+        figures = reference["figures"]
         for line, figure in ((axes.axvline, "perplexity"), (axes.axhline, "distinct_2")):
-            line(reference["figures"][figure], color=ORANGE, linewidth=1, linestyle=_DASHES[1], alpha=0.6)
-    for name, figures, color in marks:
-        point = (figures["perplexity"], figures["distinct_2"])
-        axes.plot(*point, marker="D" if color == ORANGE else "o", markersize=7, color=color, linestyle="", zorder=3)
-        axes.annotate(_clip(name), point, xytext=(7, 6), textcoords="offset points", color=color, fontsize=9.5)
-    axes.margins(x=0.25, y=0.18)
+            line(figures[figure], color=ORANGE, linewidth=1, linestyle=_DASHES[1], alpha=0.6)
+    for number, one in enumerate([*([reference] if reference else []), *run.generation["decodings"]]):
+        figures, is_text = one["figures"], one is reference
+        color = ORANGE if is_text else (BLUE, GREEN, PINK, GREY)[number % 4]
+        axes.plot(
+            figures["perplexity"],
+            figures["distinct_2"],
+            marker="*" if is_text else "oDs^v"[number % 5],
+            markersize=13 if is_text else 8,
+            color=color,
+            linestyle="",
+            label=_clip(one["name"]),
+        )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.margins(x=0.12, y=0.12)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}"))
