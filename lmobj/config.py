@@ -25,13 +25,14 @@ from lmobj import _settings, _yaml
 from lmobj.adapt import AdapterConfig
 from lmobj.data import DataConfig
 from lmobj.errors import UserError
+from lmobj.evaluate import AnswerTask, GenerationConfig
 from lmobj.models import ModelConfig
 from lmobj.objectives import ObjectiveConfig
 from lmobj.train.config import TrainConfig
 from lmobj.train.initial import Init
 from lmobj.train.run_folder import RunFolder, differing_keys
 
-__all__ = ["Experiment", "difference", "dump", "load", "schema"]
+__all__ = ["Experiment", "difference", "dump", "load", "load_task", "schema"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,9 @@ class Experiment:
     """Steps, batches, optimizer, mesh, evaluation and checkpoints."""
     sample: tuple[str, ...] = ()
     """Prompts that the finished model continues (or whose [MASK] it fills) for the report."""
+    generation: GenerationConfig | None = None
+    """Texts of the finished model under several decodings, with figures beside those of held-out text, for the report;
+    null: none."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or "\\" in self.name or self.name in (".", ".."):
@@ -85,6 +89,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     document = _inheriting(_yaml.merge(_yaml.read(path), _yaml.parse_overrides(overrides)))
     values = {"name": Path(path).stem, **document.values}
     return _settings.build(Experiment, dataclasses.replace(document, values=values), str(path))
+
+
+def load_task(path: str | Path) -> AnswerTask:
+    """Reads a task of answers that are ranked by likelihood from a YAML file, which may name a `base` too.
+
+    Raises:
+      UserError: as for `load`.
+    """
+    document = _yaml.read(path)
+    values = {"name": Path(path).stem, **document.values}
+    return _settings.build(AnswerTask, dataclasses.replace(document, values=values), str(path))
 
 
 def _inheriting(document: _yaml.Document) -> _yaml.Document:

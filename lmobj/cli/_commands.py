@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +14,7 @@ import typer
 import lmobj
 from lmobj._cache import keep_programs
 from lmobj.cli._comparing import SeveralValues, found_runs, group_names
+from lmobj.cli._printing import print_table, tell_weights
 from lmobj.cli._processes import in_several_processes
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def bench(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> 
     keep_programs()
     result = run(load(config, overrides or ()), quiet=quiet)
     if not quiet:
-        _print_table(result.header, result.rows)
+        print_table(result.header, result.rows)
 
 
 @app.command(rich_help_panel="Runs")
@@ -136,38 +137,35 @@ def evaluate(
     run: Run,
     overrides: Overrides = None,
     split: Annotated[Split, typer.Option(help="Which part of the data.")] = "validation",
+    task: Annotated[
+        Path | None,
+        typer.Option(metavar="TASK.yaml", help="Answer a task by likelihood instead, with or without examples."),
+    ] = None,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="Write texts under several decodings instead, and compare them.")
+    ] = False,
     best: Best = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate a run's model on held-out text: loss, perplexity, bits per byte and what else its objective measures.
 
     Of a fine-tuned model also the scores of every class, and RUN/eval/ gets a record of every example and a picture.
+
+    Example: lmobj eval runs/gpt --task sentiment.yaml
     """
-    from lmobj.train.distributed import agreed, is_first
-    from lmobj.train.run_folder import RunFolder
-    from lmobj.train.trained import open_run
+    from lmobj.cli import _evaluating as evaluating
+    from lmobj.train.distributed import agreed
 
     keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
-    metrics, told = open_run(experiment, best=best).examine(split)
-    if not is_first():
-        return
-    files = told.write(RunFolder(experiment.run_dir)) if told else []
-    if as_json:
-        print(json.dumps(metrics))
-        return
-    _tell_weights(experiment)
-    others = told.baselines if told else {}
-    rows = [
-        (name, f"{value:.6g}", *(f"{each[name]:.6g}" if name in each else "" for each in others.values()))
-        for name, value in sorted(metrics.items())
-    ]
-    _print_table(("metric", split, *others), rows)
-    if told:
-        print()
-        _print_table(told.header, told.lines())
-        print(f"\nFiles: {', '.join(map(str, files))}")
+    evaluating.check_options(task, generation, split)
+    if task is not None:
+        evaluating.print_task(experiment, task, best=best, as_json=as_json)
+    elif generation:
+        evaluating.print_generation(experiment, best=best, as_json=as_json)
+    else:
+        evaluating.print_split(experiment, split, best=best, as_json=as_json)
 
 
 @app.command(rich_help_panel="Runs", cls=SeveralValues)
@@ -212,7 +210,7 @@ def compare(
             f"{experiments[names[0]][0].objective.judged_by}, or no --baseline."
         )
     header, rows = found.table(baselines=baseline)
-    _print_table(header, rows)
+    print_table(header, rows)
     if found.lines():
         print("", *found.lines(), sep="\n")
     if output is not None:
@@ -309,7 +307,7 @@ def generate(
     keep_programs()
     experiment = _experiment(run)
     trained = open_run(on_one_device(experiment), best=best)
-    _tell_weights(experiment)
+    tell_weights(experiment)
     if task is None:
         texts = trained.continue_text(given, chosen)
         shown = [text + "\n" for text in given] if trained.writes_second_texts else given
@@ -338,7 +336,7 @@ def fill(
     keep_programs()
     experiment = _experiment(run)
     trained = open_run(on_one_device(experiment), best=best)
-    _tell_weights(experiment)
+    tell_weights(experiment)
     print_fillings(*trained.fill_text(text, top))
 
 
@@ -366,11 +364,11 @@ def prepare(
         raise UserError(f"{options[0]} is an option of a Beam pipeline; accepted: such options together with --beam.")
     experiment = load(config, [argument for argument in overrides or () if argument not in options])
     sources = prepare_any(experiment.data, quiet=quiet, beam=options if beam else None).summary()["sources"]
-    _print_table(*split_table(sources))
+    print_table(*split_table(sources))
     header, rows = cleaning_table(sources)
     if rows:
         print()
-        _print_table(header, rows)
+        print_table(header, rows)
 
 
 @app.command(rich_help_panel="Configs")
@@ -422,7 +420,7 @@ def plan(
         print(json.dumps({**dataclasses.asdict(dataclasses.replace(result, found=())), "found": found}))
         return
     if result.found:
-        _print_table(*search_table(result))
+        print_table(*search_table(result))
         print()
     print(*search_verdict(result, best), sep="\n")
 
@@ -445,7 +443,7 @@ def objectives() -> None:
     from lmobj.objectives import REGISTRY
 
     rows = [(name, kind.summary, kind.paper) for name, kind in sorted(REGISTRY.items())]
-    _print_table(("name", "what it does", "paper"), rows)
+    print_table(("name", "what it does", "paper"), rows)
 
 
 @app.command(rich_help_panel="Configs")
@@ -473,25 +471,3 @@ def _experiment(run: str, overrides: Sequence[str] = ()) -> Experiment:
     folder = RunFolder(run)
     folder.check_exists()
     return dataclasses.replace(load(folder.config, overrides), run=run)
-
-
-def _tell_weights(experiment: Experiment) -> None:
-    """Says on stderr, away from what is printed, that these are not the weights themselves, if so."""
-    if experiment.train.ema is not None:
-        print(experiment.train.ema.note, file=sys.stderr)
-
-
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table as wide as the terminal; tab-separated lines where the output goes into a file or a pipe."""
-    if not sys.stdout.isatty():
-        for row in (header, *rows):
-            print("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*header, box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)

@@ -15,6 +15,7 @@ from lmobj.evaluate._answer_scores import (
     summarise_answers,
 )
 from lmobj.evaluate._answer_spans import AnswerSpan, FoundAnswers, find_answers
+from lmobj.evaluate._answer_task import AnswerSource, AnswerTask, MultipleChoiceFiles
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated, output_logits
 from lmobj.evaluate._class_scores import (
@@ -31,6 +32,20 @@ from lmobj.evaluate._cloze import Cloze, cloze_hits
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
+from lmobj.evaluate._generation import (
+    GenerationConfig,
+    TextFigures,
+    compare_decodings,
+    passages,
+    text_figures,
+)
+from lmobj.evaluate._likelihood import (
+    Normalisation,
+    ScoredText,
+    answer_scores,
+    continuation_log_probs,
+    scored_text,
+)
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
 from lmobj.evaluate._ngram import NGram, bits_per_byte, unigram_top_k
 from lmobj.evaluate._pictures import (
@@ -41,6 +56,7 @@ from lmobj.evaluate._pictures import (
     read_picture,
     save_picture,
 )
+from lmobj.evaluate._prompt_template import AnsweredText, PromptTemplate
 from lmobj.evaluate._resampling import (
     PairedBootstrap,
     SeedDifference,
@@ -60,8 +76,11 @@ __all__ = [
     "TASKS",
     "TASK_METRICS",
     "AnswerScores",
+    "AnswerSource",
     "AnswerSpan",
     "AnswerSummary",
+    "AnswerTask",
+    "AnsweredText",
     "Answers",
     "BeamConfig",
     "ClassReport",
@@ -78,29 +97,38 @@ __all__ = [
     "Filling",
     "FoundAnswers",
     "Generated",
+    "GenerationConfig",
     "MultiLabelScores",
+    "MultipleChoiceFiles",
     "NGram",
+    "Normalisation",
     "PairedBootstrap",
     "Picture",
+    "PromptTemplate",
     "RegressionScores",
     "RetrievalScores",
     "SamplingConfig",
     "ScatterPicture",
+    "ScoredText",
     "SeedDifference",
     "SeedSpread",
     "Shot",
     "TaskKind",
     "TaskReport",
+    "TextFigures",
     "TextStatistics",
     "answer_f1",
     "answer_queries",
+    "answer_scores",
     "apply_null_threshold",
     "beam_search",
     "best_null_threshold",
     "bits_per_byte",
     "choose_shots",
     "cloze_hits",
+    "compare_decodings",
     "confusion_matrix",
+    "continuation_log_probs",
     "continue_text",
     "cosine_scores",
     "distinct_share",
@@ -116,6 +144,7 @@ __all__ = [
     "normalise_chinese_answer",
     "output_logits",
     "paired_bootstrap",
+    "passages",
     "read_picture",
     "repeated_share",
     "repetition_penalty",
@@ -127,12 +156,14 @@ __all__ = [
     "score_labels",
     "score_numbers",
     "score_retrieval",
+    "scored_text",
     "seed_difference",
     "seed_spread",
     "self_bleu",
     "summarise_answers",
     "task_metrics",
     "task_report",
+    "text_figures",
     "text_statistics",
     "top_k_filter",
     "top_p_filter",

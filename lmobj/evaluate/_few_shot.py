@@ -13,7 +13,7 @@ import bisect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from lmobj.evaluate._text import Continuation, continue_text
 from lmobj.models import CachedModel
 
 __all__ = ["Answers", "FewShot", "Shot", "answer_queries", "choose_shots"]
+
+Example = TypeVar("Example")
 
 
 class Shot(NamedTuple):
@@ -140,7 +142,7 @@ class FewShot:
         return before, between, after
 
 
-def choose_shots(examples: Sequence[Shot], shots: int | None, *, seed: int, query: int) -> list[Shot]:
+def choose_shots(examples: Sequence[Example], shots: int | None, *, seed: int, query: int) -> list[Example]:
     """All examples in order, or `shots` of them drawn without replacement for this query.
 
     Args:

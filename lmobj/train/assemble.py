@@ -58,6 +58,7 @@ from lmobj.train.sharding import (
 from lmobj.train.step import Program, State, StepMetrics
 
 if TYPE_CHECKING:
+    from lmobj.evaluate import GenerationConfig
     from lmobj.train.initial import Init
 
 __all__ = ["Assembly", "Design", "Experiment", "assemble", "design"]
@@ -80,6 +81,8 @@ class Experiment(Protocol):
     def train(self) -> TrainConfig: ...
     @property
     def sample(self) -> tuple[str, ...]: ...
+    @property
+    def generation(self) -> GenerationConfig | None: ...
     @property
     def run_dir(self) -> Path | str: ...
 

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that needs nothing but itself, made from the files in the run folder.
 
 Reads `metrics.jsonl` and, where they exist, `config.yaml`, `environment.json`, `baselines.json`, `samples.json` and
-`eval/`.
+`eval/`, `generation.json`.
 Everything that is shown is escaped: samples are a model's output and may hold any text.
 """
 
@@ -23,9 +23,10 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lmobj.errors import UserError
+from lmobj.train.generation import figure_rows
 from lmobj.train.split_report import SplitReport, read_reports
 from lmobj.train.storage import write_atomically
 from lmobj.train.tracking import read_metrics
@@ -62,6 +63,7 @@ STYLE: dict[Any, Any] = {
 }
 
 _DASHES: tuple[Any, ...] = ((0, (1, 1.6)), (0, (4, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 3)), (0, (2, 4)))
+
 
 class _Quantity(NamedTuple):
     """A figure that a run may be judged by: title, label of an axis, which way is better, and whether it is a share."""
@@ -104,6 +106,7 @@ class Run:
     baselines: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     splits: list[SplitReport] = dataclasses.field(default_factory=list)
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one metric, finite values only."""
@@ -132,7 +135,6 @@ class Run:
         return sorted((pair for pair in known if _is_number(pair[1])), key=lambda pair: -pair[1])
 
 
-
 def write_report(run_dir: str | Path) -> Path:
     """Writes `report.html` into a run folder and returns its path.
 
@@ -154,6 +156,7 @@ def write_report(run_dir: str | Path) -> Path:
         charts=[_svg(run, draw) for draw in _charts(run)],
         splits=[_split(run, told) for told in run.splits],
         samples=list(_samples(run)),
+        generation=_generation(run),
         metrics=_table(run),
         config=run.config_text,
         environment=list(_facts(run.environment)),
@@ -191,6 +194,7 @@ def _read(path: Path) -> Run:
         _read_json(path / "baselines.json", {}),
         _read_json(path / "samples.json", []),
         read_reports(path),
+        _read_json(path / "generation.json", {}),
     )
 
 
@@ -278,6 +282,26 @@ def _samples(run: Run) -> Iterator[dict[str, Any]]:
             "written": text.removeprefix(prompt) if continued else text,
             "continued": continued,
         }
+
+
+def _generation(run: Run) -> dict[str, Any]:
+    """Figures of what decodings write, a picture of them, and their first text after each prompt."""
+    if not run.generation:
+        return {}
+    header, rows = figure_rows(run.generation)
+    return {
+        "header": header[1:],
+        "rows": rows,
+        "reference": run.generation["reference"] is not None,
+        "chart": _svg(run, _draw_generation),
+        "texts": [(prompt, list(_written(run, prompt))) for prompt in run.generation["prompts"]],
+    }
+
+
+def _written(run: Run, prompt: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of each decoding's first text after a prompt."""
+    for decoding in run.generation["decodings"]:
+        yield decoding["name"], next(text["text"] for text in decoding["texts"] if text["prompt"] == prompt)
 
 
 def _table(run: Run) -> list[tuple[str, str, str, str]]:
@@ -372,6 +396,35 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
             fontsize=9.5,
             fontweight=weight,
         )
+
+
+def _draw_generation(axes: Axes, run: Run) -> None:
+    """Each decoding's distinct pairs of tokens against its perplexity; dashed lines cross where held-out text is."""
+    axes.set_title("Variety against probability")
+    axes.set_xlabel("perplexity under the model")
+    axes.set_ylabel("distinct-2")
+    axes.set_xscale("log")
+    if (reference := run.generation["reference"]) is not None:
+        figures = reference["figures"]
+        for line, figure in ((axes.axvline, "perplexity"), (axes.axhline, "distinct_2")):
+            line(figures[figure], color=ORANGE, linewidth=1, linestyle=_DASHES[1], alpha=0.6)
+    for number, one in enumerate([*([reference] if reference else []), *run.generation["decodings"]]):
+        figures, is_text = one["figures"], one is reference
+        color = ORANGE if is_text else (BLUE, GREEN, PINK, GREY)[number % 4]
+        axes.plot(
+            figures["perplexity"],
+            figures["distinct_2"],
+            marker="*" if is_text else "oDs^v"[number % 5],
+            markersize=13 if is_text else 8,
+            color=color,
+            linestyle="",
+            label=_clip(one["name"]),
+        )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.margins(x=0.12, y=0.12)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}"))
 
 
 def _draw_speed(axes: Axes, run: Run) -> None:

@@ -8,7 +8,9 @@ tensorboard/       the same metrics as event files
 environment.json   versions and devices
 baselines.json     what n-gram models reach on the same held-out text
 samples.json       texts sampled from the model
+generation.json    texts of several decodings with their figures, where `generation` asks for them
 report.html        all of it on one page
+eval/              what `lmobj eval --task` found, a file of figures and one of answers for each task
 
 A task adds eval/ with what is told of each split (`split_report`), `train.guard` adds bad_batches/ with the batches
 that it refused, `train.profile` adds profile/, and `train.wandb` adds wandb/ and wandb_id.
@@ -39,10 +41,10 @@ __all__ = ["RunFolder", "check_same_run", "differing_keys"]
 
 MAY_CHANGE = (
     "run", "train.mesh", "train.zero", "train.log_every", "train.keep", "train.guard", "train.profile", "train.wandb",
-    "data.cache", "data.workers",
+    "data.cache", "data.workers", "generation",
 )  # fmt: skip
 """Keys that `resume` lets differ: they change where and how fast a run goes, never what it computes; or, train.guard,
-what becomes of batches that would end it."""
+what becomes of batches that would end it, and, generation, what is told of the model at the end."""
 
 _CHECKPOINTS = "checkpoints"
 
@@ -208,6 +210,21 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Writes one of the folder's JSON files whole or not at all."""
         write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def add(self, name: str, text: str) -> None:
+        """Writes one more file of a finished run, in the place of one of this name, and sends it where the run is kept.
+
+        Raises:
+          UserError: the folder cannot be written to.
+        """
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            raise UserError(f"{str(path)!r} cannot be written ({error.strerror or error}).") from error
+        if self._store is not None:
+            self._store.send(path, name)
 
 
 def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:

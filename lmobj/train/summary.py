@@ -16,6 +16,7 @@ from lmobj.models import CachedModel
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
+from lmobj.train.generation import check_generation, figure_text, generation_study
 from lmobj.train.report import write_report
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.split_report import examine, reported_splits
@@ -34,6 +35,8 @@ def check_samples(run: Assembly) -> None:
     Raises:
       UserError: naming the prompt.
     """
+    if run.config.generation is not None:
+        check_generation(run, run.config.generation)
     if "model" not in run.program.graphs:
         return
     graph, tokenizer = run.program.graphs["model"], run.dataset.tokenizer
@@ -57,15 +60,23 @@ def check_samples(run: Assembly) -> None:
 
 
 def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFolder, tracker: Tracker) -> None:
-    """Writes baselines.json, samples.json, of a task eval/, and report.html; prints figures, a sample and its path."""
+    """Writes baselines.json, samples.json, of a task eval/, where it is asked for generation.json, and report.html.
+
+    Prints the figures, one sample and the report's path.
+    """
     told = [examine(run, state, split)[1] for split in reported_splits(run)]
-    model = run.model(state) if run.config.sample and "model" in run.program.graphs else None
+    asked, study = run.config.generation, None
+    used = bool(run.config.sample) or asked is not None
+    model = run.model(state) if used and "model" in run.program.graphs else None
     if not distributed.is_first():  # the parameters came from every process; the rest is the first one's
         return
     baselines = evaluation.baselines()
-    samples = [] if model is None else _samples(run, model, step=int(state.step))
+    samples = _samples(run, model, step=int(state.step)) if run.config.sample and model is not None else []
     folder.write_json("baselines.json", baselines)
     folder.write_json("samples.json", samples)
+    if asked is not None:
+        study = generation_study(run, model, asked, step=int(state.step))
+        folder.write_json("generation.json", study)
     for sample in samples:
         tracker.text(int(state.step), "sample", sample["text"])
     for one in filter(None, told):
@@ -79,6 +90,8 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
     reached = tracker.last(f"eval/{figure}") if best is None else best
     if reached is not None:
         tracker.note(f"{'this model':>10}  {figure} {reached:.4f}")
+    if study is not None:
+        tracker.note("\n" + figure_text(study))
     for sample in samples[:1]:
         tracker.note(f"\n{sample['prompt']}\n-> {sample['text']}\n")
     tracker.note(f"Report: {folder}/{report.name}")

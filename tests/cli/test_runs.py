@@ -125,6 +125,28 @@ def test_eval_refuses_a_config_that_the_run_was_not_made_with(capsys: Captured) 
     assert "model.width is 16" in refusal(capsys, "eval", "causal", "model.width=16")
 
 
+def test_eval_answers_a_task_and_keeps_what_was_found(capsys: Captured) -> None:
+    pathlib.Path("dev.tsv").write_text("text\tlabel\nthe quick\tf\na lazy\td\nbirds sing\tf\n")
+    pathlib.Path("words.yaml").write_text(
+        "source: {name: tsv, files: [dev.tsv], label: label}\ntemplate: '{text} {answer}.'\nanswers: {f: fox, d: dog}\n"
+    )
+    assert main(["eval", "causal", "--task", "words.yaml"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["words", "this model", "commonest answer"]
+    found = json.loads(pathlib.Path("causal/eval/words.json").read_text())
+    table = {line[0]: line[1:] for line in lines if len(line) == 3}
+    assert table["accuracy"] == [f"{found['accuracy']:.4f}", f"{2 / 3:.4f}"]
+    assert table["Matthews"] == [f"{found['matthews']:.4f}", "0.0000"]
+    assert [line[0] for line in lines if len(line) == 5] == ["class", "f", "d"]
+    answers = [json.loads(line) for line in pathlib.Path("causal/eval/words.jsonl").read_text().splitlines()]
+    assert [answer["label"] for answer in answers] == ["f", "d", "f"]
+    assert main(["eval", "causal", "--task", "words.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert "--split is test" in refusal(capsys, "eval", "causal", "--task", "words.yaml", "--split", "test")
+    assert "objective of this run is masked_lm" in refusal(capsys, "eval", "masked", "--task", "words.yaml")
+    assert "none.yaml does not exist" in refusal(capsys, "eval", "causal", "--task", "none.yaml")
+
+
 def _generate(capsys: Captured, *options: str) -> str:
     assert main(["generate", "causal", "--prompt", "the quick", "--tokens", "5", *options]) == 0
     return capsys.readouterr().out

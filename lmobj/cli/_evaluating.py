@@ -1,0 +1,102 @@
+"""What `eval` prints: the figures of a split, of a task told in prompts (`--task`), or of texts (`--generation`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from lmobj.cli._printing import print_table, tell_weights
+from lmobj.config import Experiment, load_task
+from lmobj.errors import UserError
+from lmobj.evaluate import GenerationConfig
+from lmobj.train.distributed import is_first
+from lmobj.train.generation import check_generation, figure_rows, generation_study
+from lmobj.train.run_folder import RunFolder
+from lmobj.train.task_evaluation import TaskResult, evaluate_task
+from lmobj.train.trained import on_one_device, open_run
+
+__all__ = ["check_options", "print_generation", "print_split", "print_task"]
+
+
+def check_options(task: Path | None, generation: bool, split: str) -> None:
+    """Refuses options of `eval` that do not go together."""
+    if task is not None and generation:
+        raise UserError(f"--task is {str(task)!r}, and --generation is given too; accepted: one of the two.")
+    if split != "validation" and (generation or task is not None):
+        option = "--generation" if generation else "--task"
+        raise UserError(f"--split is {split}, and {option} does not evaluate a split; accepted: one of the two.")
+
+
+def print_split(experiment: Experiment, split: str, *, best: bool, as_json: bool) -> None:
+    """Evaluates a run on a split and prints the figures; of a task the table of scores too, with files in RUN/eval."""
+    metrics, told = open_run(experiment, best=best).examine(split)
+    if not is_first():
+        return
+    files = told.write(RunFolder(experiment.run_dir)) if told else []
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    tell_weights(experiment)
+    others = told.baselines if told else {}
+    rows = [
+        (name, f"{value:.6g}", *(f"{each[name]:.6g}" if name in each else "" for each in others.values()))
+        for name, value in sorted(metrics.items())
+    ]
+    print_table(("metric", split, *others), rows)
+    if told:
+        print()
+        print_table(told.header, told.lines())
+        print(f"\nFiles: {', '.join(map(str, files))}")
+
+
+def print_generation(experiment: Experiment, *, best: bool, as_json: bool) -> None:
+    """Writes texts as the config's `generation` says, or as it does by default, and prints their figures.
+
+    The texts go into eval/generation.json of the run folder.
+    """
+    trained = open_run(on_one_device(experiment), best=best, quiet=as_json)
+    config = experiment.generation or GenerationConfig()
+    check_generation(trained.assembly, config)
+    study = generation_study(trained.assembly, trained.model, config, step=int(trained.state.step))
+    text = json.dumps(study, indent=2, ensure_ascii=False) + "\n"
+    RunFolder(experiment.run_dir).add("eval/generation.json", text)
+    if as_json:
+        print(json.dumps(study))
+    else:
+        tell_weights(experiment)
+        print_table(*figure_rows(study))
+
+
+def print_task(experiment: Experiment, path: Path, *, best: bool, as_json: bool) -> None:
+    """Evaluates a task, writes what was found into the run folder, and prints the figures."""
+    task = load_task(path)
+    result = evaluate_task(open_run(on_one_device(experiment), best=best, quiet=as_json), task, quiet=as_json)
+    result.write(RunFolder(experiment.run_dir))
+    if as_json:
+        print(json.dumps(result.figures))
+        return
+    tell_weights(experiment)
+    print_table((task.name, "this model", "commonest answer"), list(_figures(result)))
+    if result.report is not None:
+        print()
+        rows = [
+            (one.name, *(f"{x:.4f}" for x in (one.precision, one.recall, one.f1)), str(one.support))
+            for one in result.report.classes
+        ]
+        print_table(("class", "precision", "recall", "F1", "examples"), rows)
+
+
+def _figures(result: TaskResult) -> Iterable[tuple[str, str, str]]:
+    figures = result.figures
+    yield "accuracy", f"{figures['accuracy']:.4f}", f"{figures['majority']:.4f}"
+    if result.report is None:
+        yield "by chance", f"{figures['chance']:.4f}", ""
+    else:
+        yield "macro F1", f"{figures['macro_f1']:.4f}", f"{figures['majority_macro_f1']:.4f}"
+        yield "Matthews", f"{figures['matthews']:.4f}", f"{0:.4f}"
+    yield "examples", f"{figures['examples']:,}", ""
+    if figures["shots"]:
+        yield "shots", f"{figures['shots_shown']:.4g} of {figures['shots']}", ""
+    if figures["cut"]:
+        yield "cut to fit", f"{figures['cut']:,}", ""
