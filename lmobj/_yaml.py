@@ -31,28 +31,30 @@ class Document:
 
 
 def read(path: str | Path) -> Document:
-    """The settings in a YAML file, over those of the one file that it may name as `base:`.
+    """The settings in a YAML file, over those of the file that it may name as `base:`, and so on.
 
-    `base` is relative to the file that names it and cannot name a base of its own.
+    `base` is relative to the file that names it.
 
     Raises:
-      UserError: the file is missing, unreadable, not UTF-8 or not valid YAML, or so is its base.
+      UserError: the file is missing, unreadable, not UTF-8 or not valid YAML, or so is one of its bases; or a file is
+        a base of itself.
     """
-    path = Path(path)
-    document = parse(_text(path), str(path))
+    return _read(Path(path), "", ())
+
+
+def _read(path: Path, prefix: str, above: tuple[Path, ...]) -> Document:
+    """As `read`, of a file that `above`, from the first on, are built on. `prefix` begins what is said of a missing one."""
+    document = parse(_text(path, prefix), str(path))
     if "base" not in document.values:
         return document
     name, origin = document.values.pop("base"), document.origins.pop("base", str(path))
     if not isinstance(name, str) or not name:
         raise UserError(f"{origin}: base is {show(name)}; it must be the path of a YAML file, relative to this one.")
-    base_path = path.parent / name
-    base = parse(_text(base_path, f"{origin}: base is {show(name)}, and "), str(base_path))
-    if "base" in base.values:
-        raise UserError(
-            f"{origin}: base is {show(name)}, and that file has a base of its own ({show(base.values['base'])}); "
-            "only one level of base is accepted."
-        )
-    return merge(base, document)
+    above = (*above, path.resolve())
+    base = path.parent / name
+    if base.resolve() in above:
+        raise UserError(f"{origin}: base is {show(name)}, which is built on this file; accepted: a file that is not.")
+    return merge(_read(base, f"{origin}: base is {show(name)}, and ", above), document)
 
 
 def parse(text: str, source: str) -> Document:

@@ -80,7 +80,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads an experiment from a YAML file and `dotted.key=value` overrides.
 
     Args:
-      path: the file; it may name one other file, relative to itself, as `base`.
+      path: the file; it may name another, relative to itself, as `base`.
       overrides: each as `train.steps=100`; the value is read as YAML.
 
     Raises:

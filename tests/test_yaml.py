@@ -1,4 +1,4 @@
-"""The YAML reader: scalars of YAML 1.2, refusals with file and line, one level of base, overrides."""
+"""The YAML reader: scalars of YAML 1.2, refusals with file and line, bases, overrides."""
 
 from __future__ import annotations
 
@@ -130,19 +130,31 @@ def test_base_is_merged_under_the_file_section_by_section(tmp_path: pathlib.Path
     assert "base" not in document.origins
 
 
+def test_a_base_may_have_a_base(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "c.yaml").write_text("a: 1\nb: 1\nc: 1\n")
+    (tmp_path / "deep" / "b.yaml").write_text("base: ../c.yaml\na: 2\nb: 2\n")
+    (tmp_path / "f.yaml").write_text("base: deep/b.yaml\na: 3\n")
+    document = _yaml.read(tmp_path / "f.yaml")
+    assert document.values == {"a": 3, "b": 2, "c": 1}
+    assert document.origins["c"] == f"{tmp_path / 'deep' / '..' / 'c.yaml'}:3"
+
+
 @pytest.mark.parametrize(
     ("base", "part"),
     [
         ("base: missing.yaml", "missing.yaml does not exist"),
         ("base: 3", "base is 3; it must be the path"),
         ("base: [a, b]", "base is [a, b]; it must be the path"),
-        ("base: chained.yaml", "only one level of base"),
-        ("base: f.yaml", "only one level of base"),
+        ("base: chained.yaml", 'chained.yaml:1: base is "other.yaml", and'),
+        ("base: f.yaml", 'f.yaml:2: base is "f.yaml", which is built on this file'),
+        ("base: round.yaml", 'round.yaml:1: base is "./f.yaml", which is built on this file'),
         ("base: broken.yaml", "broken.yaml:1:5"),
     ],
 )
 def test_bad_bases_are_refused(tmp_path: pathlib.Path, base: str, part: str) -> None:
     (tmp_path / "chained.yaml").write_text("base: other.yaml\n")
+    (tmp_path / "round.yaml").write_text("base: ./f.yaml\n")
     (tmp_path / "broken.yaml").write_text("a: [")
     (tmp_path / "f.yaml").write_text(f"x: 1\n{base}\n")
     with pytest.raises(UserError) as error:
