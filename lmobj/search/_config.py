@@ -49,6 +49,7 @@ class MedianPruner:
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 
     name: Literal["median"] = "median"
+    """The rule, of which there is one."""
     startup_trials: int = 5
     """Trials that come to their end before any is ended early, at least 1."""
     warmup_evaluations: int = 1

@@ -124,7 +124,7 @@ def _draw_curves(axes: Axes, search: SearchExperiment, trials: Sequence[Trial]) 
         "best": {"color": ORANGE, "linewidth": 2.4, "zorder": 3},
     }
     for trial in trials:
-        steps = [step for step, value in trial.evaluations.items() if math.isfinite(value)]
+        steps = _comparable(search, trial)
         state = "best" if best is not None and trial.number == best.number else trial.state
         if not steps or state not in looks:
             continue
@@ -132,12 +132,20 @@ def _draw_curves(axes: Axes, search: SearchExperiment, trials: Sequence[Trial]) 
         labelled.add(state)
         values = [trial.evaluations[step] for step in steps]
         axes.plot(steps, values, marker="o", markersize=3, label=label, **looks[state])
-    _limit(axes, search, np.array([v for t in trials for v in t.evaluations.values() if math.isfinite(v)]))
-    _finish(axes, "Learning curves", "step", search)
+    _limit(axes, search, np.array([trial.evaluations[step] for trial in trials for step in _comparable(search, trial)]))
+    part = search.train.evaluate_batches
+    _finish(axes, "Learning curves" if part is None else f"Learning curves, on {part} batches", "step", search)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     _legend(axes)
+
+
+def _comparable(search: SearchExperiment, trial: Trial) -> list[int]:
+    """The steps of the evaluations that a curve is drawn through: all on the same batches."""
+    whole = search.train.evaluate_batches is not None and trial.state == "complete"  # is the last one, on all batches
+    steps = [step for step in trial.evaluations if not (whole and step == trial.steps)]
+    return [step for step in steps if math.isfinite(trial.evaluations[step])]
 
 
 def _draw_importances(axes: Axes, shares: Mapping[str, float]) -> None:

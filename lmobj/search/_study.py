@@ -83,7 +83,7 @@ class Study:
     def __init__(self, path: Path, search: SearchExperiment) -> None:
         self._optuna = require_optuna()
         self._search: Search = search.search
-        url = f"sqlite:///file:{quote(str(path.absolute()))}?uri=true"  # plain paths may not hold a question mark
+        url = f"sqlite:///{quote(str(path.absolute()))}"
         direction = {"min": "minimize", "max": "maximize"}[search.mode]
         try:
             self._storage = self._optuna.storages.RDBStorage(url)
