@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -181,8 +182,20 @@ def _ticks_below(axes: Axes, trials: Sequence[Trial], places: Mapping[int, float
     for state, mark in (("pruned", "|"), ("failed", "x")):
         x = [places[trial.number] for trial in trials if trial.state == state and trial.number in places]
         if x:
+            x = _spread(x, 0.015 * (max(places.values()) - min(places.values())))
             axes.plot(x, [0.02] * len(x), mark, color=GREY, markersize=8 if mark == "|" else 5, label=state,
                       transform=axes.get_xaxis_transform(), zorder=2, clip_on=False)  # fmt: skip
+
+
+def _spread(x: Sequence[float], gap: float) -> list[float]:
+    """Places that are one and the same, moved apart so that each is seen. Places that differ stay."""
+    seen: Counter[float] = Counter()
+    total = Counter(x)
+    moved = []
+    for place in x:
+        moved.append(place + gap * (seen[place] - (total[place] - 1) / 2))
+        seen[place] += 1
+    return moved
 
 
 def _limit(axes: Axes, search: SearchExperiment, values: np.ndarray) -> None:

@@ -22,7 +22,7 @@ def write_report(folder: SearchFolder, search: SearchExperiment, study: Study) -
     """Writes report.html, of what is known so far."""
     trials, importances = study.trials, study.importances()
     best = best_of(trials, search.mode)
-    header, rows = table(search, trials)
+    header, rows = table(search, trials, whole_reasons=True)
     page = render(
         "lmobj.search",
         "report.html.j2",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,9 @@ from lmobj.search._space import Settings, short_names
 from lmobj.search._study import Trial, best_of
 from lmobj.train.storage import write_atomically
 
-__all__ = ["clock", "overrides", "show", "show_settings", "table", "write_results"]
+__all__ = ["clock", "in_short", "overrides", "show", "show_settings", "table", "write_results"]
+
+_LONGEST_REASON = 160
 
 
 def write_results(folder: SearchFolder, search: SearchExperiment, trials: Sequence[Trial]) -> None:
@@ -52,8 +55,13 @@ def _line(folder: SearchFolder, search: SearchExperiment, trial: Trial) -> dict[
     }
 
 
-def table(search: SearchExperiment, trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
-    """A row for each finished trial: the complete ones from the best on, those that were pruned, those that failed."""
+def table(
+    search: SearchExperiment, trials: Sequence[Trial], *, whole_reasons: bool = False
+) -> tuple[list[str], list[list[str]]]:
+    """A row for each finished trial: the complete ones from the best on, those that were pruned, those that failed.
+
+    Of a reason its first sentence is shown, or all of it.
+    """
     names = short_names(list(search.search.space))
     sign = 1.0 if search.mode == "min" else -1.0
     order = {"complete": 0, "pruned": 1, "failed": 2}
@@ -69,7 +77,7 @@ def table(search: SearchExperiment, trials: Sequence[Trial]) -> tuple[list[str],
             f"{trial.steps:,}",
             clock(trial.seconds),
             trial.state,
-            *[trial.reason or ""] * failed,
+            *[(trial.reason or "") if whole_reasons else in_short(trial.reason)] * failed,
         ]
         for trial in finished
     ]
@@ -79,6 +87,12 @@ def table(search: SearchExperiment, trials: Sequence[Trial]) -> tuple[list[str],
 def overrides(settings: Settings) -> str:
     """The settings as arguments for a shell."""
     return " ".join(shlex.quote(f"{key}={_yaml.show(value, limit=10**6)}") for key, value in settings.items())
+
+
+def in_short(reason: str | None) -> str:
+    """The first sentence of a reason, without its full stop, in few enough characters for a line."""
+    first = re.split(r"\.\s|\.$", reason or "", maxsplit=1)[0]
+    return first if len(first) <= _LONGEST_REASON else f"{first[: _LONGEST_REASON - 1]}…"
 
 
 def show_settings(settings: Settings, names: dict[str, str]) -> str:

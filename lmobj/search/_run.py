@@ -15,7 +15,7 @@ from lmobj.errors import UserError
 from lmobj.search._config import SearchExperiment, experiment
 from lmobj.search._folder import SearchFolder
 from lmobj.search._report import write_report
-from lmobj.search._results import clock, overrides, show, show_settings, table, write_results
+from lmobj.search._results import clock, in_short, overrides, show, show_settings, table, write_results
 from lmobj.search._space import short_names
 from lmobj.search._study import RunningTrial, Study, Trial, TrialState, best_of, require_optuna
 from lmobj.search._trainer import Trainer
@@ -125,18 +125,18 @@ class _Search:
     def one_trial(self) -> None:
         """Trains one trial, or what is left of it, and tells the study."""
         trial = self.study.begin()
-        most, names = self.search.search.most_trials, short_names(list(self.search.search.space))
+        number, settings, most = trial.begun.number, trial.begun.settings, self.search.search.most_trials
         of = "" if most is None else f" of {most}"
-        known = trial.known
-        self.say(f"Trial {trial.number} ({len(_finished(self.study.trials)) + 1}{of}): "
-                 f"{show_settings(known.settings, names)}: ")  # fmt: skip
+        names = short_names(list(self.search.search.space))
+        self.say(f"Trial {number} ({number + 1}{of}): {show_settings(settings, names)}: ")
         with trial.timed(time.monotonic):
-            state, value, reason = self.outcome(trial, known)
+            state, value, reason = self.outcome(trial)
         trial.end(state, value, reason)
-        self.say(self.verdict(trial.known) + "\n")
+        self.say(self.verdict(self.study.trials, number) + "\n")
 
-    def outcome(self, trial: RunningTrial, known: Trial) -> tuple[TrialState, float | None, str | None]:
+    def outcome(self, trial: RunningTrial) -> tuple[TrialState, float | None, str | None]:
         """Trains the trial, and returns its state, its value if it is complete, and the reason if it failed."""
+        known = trial.begun
         if known.given_up:  # and the search was stopped before the study was told
             return "pruned", None, None
         search, pruned = self.search, False
@@ -147,7 +147,7 @@ class _Search:
             pruned = step < trained.train.steps and trial.give_up()
             return pruned
 
-        name, folder = f"{search.name}-{trial.number:04}", self.folder.trial(trial.number)
+        name, folder = f"{search.name}-{known.number:04}", self.folder.trial(known.number)
         try:
             trained = experiment(search, known.settings, name=name, run=str(folder))
             metrics = self.trainer.train(trained, after_evaluation)
@@ -162,8 +162,9 @@ class _Search:
             return "failed", None, f"{search.metric} is {value}"
         return "complete", value, None
 
-    def verdict(self, trial: Trial) -> str:
+    def verdict(self, trials: Sequence[Trial], number: int) -> str:
         """What became of a trial, and the best so far."""
+        trial, best = trials[number], best_of(trials, self.search.mode)
         figure = self.search.metric.removeprefix("eval/")
         match trial.state:
             case "complete":
@@ -171,8 +172,7 @@ class _Search:
             case "pruned":
                 found = f"pruned at step {trial.steps:,}, {figure} {show(trial.evaluations[trial.steps])}"
             case _:
-                found = f"failed: {trial.reason}"
-        best = best_of(self.study.trials, self.search.mode)
+                found = f"failed: {in_short(trial.reason)}"
         so_far = "" if best is None else f"; best {show(best.value)} (trial {best.number})"
         return f"{found}{so_far}; {clock(trial.seconds)}"
 

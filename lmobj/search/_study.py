@@ -121,14 +121,15 @@ class Study:
 
     def begin(self) -> RunningTrial:
         """The trial that is under way, or the next one."""
-        optuna = self._optuna
-        running = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-        number = running[0].number if running else len(self._study.get_trials(deepcopy=False))
+        states = self._optuna.trial.TrialState
+        trials = self._study.get_trials(deepcopy=False)
+        running = next((trial for trial in trials if trial.state == states.RUNNING), None)
+        number = len(trials) if running is None else running.number
         self._study.sampler = self._sampler(number)
-        trial = optuna.trial.Trial(self._study, running[0]._trial_id) if running else self._study.ask()
+        trial = self._study.ask() if running is None else self._optuna.trial.Trial(self._study, running._trial_id)
         for key, parameter in self._search.space.items():
             _suggest(trial, key, parameter)
-        return RunningTrial(self, trial, number)
+        return RunningTrial(self, trial, self.trials[number])
 
     def importances(self) -> dict[str, float]:
         """Share of each setting in how much the values of complete trials differ, by fANOVA (Hutter et al. 2014).
@@ -195,23 +196,22 @@ class Study:
 class RunningTrial:
     """A trial under way, which the study is told of."""
 
-    def __init__(self, study: Study, trial: Any, number: int) -> None:
-        self._study, self._trial, self.number = study, trial, number
-
-    @property
-    def known(self) -> Trial:
-        """What is known of it until now."""
-        return self._study.trials[self.number]
+    def __init__(self, study: Study, trial: Any, begun: Trial) -> None:
+        self._study, self._trial = study, trial
+        self.begun = begun
+        """What was known of it when it was taken up."""
+        self._told = set(begun.evaluations)
 
     def report(self, step: int, value: float) -> None:
         """Tells an evaluation. One that was told before, of the same value, may be told again."""
-        if step not in self.known.evaluations:
+        if step not in self._told:
             self._trial.report(value, step)
+            self._told.add(step)
 
     def give_up(self) -> bool:
         """Whether the trial should be ended after the evaluation that was told last; the study remembers."""
         pruner = self._study.pruner
-        if pruner is None or len(self.known.evaluations) <= pruner.warmup_evaluations:
+        if pruner is None or len(self._told) <= pruner.warmup_evaluations:
             return False
         given_up: bool = self._trial.should_prune()
         if given_up:
@@ -227,7 +227,7 @@ class RunningTrial:
     @contextlib.contextmanager
     def timed(self, clock: Callable[[], float]) -> Iterator[None]:
         """Adds the time of the block to that of the trial, however the block ends."""
-        before, start = self.known.seconds, clock()
+        before, start = self.begun.seconds, clock()
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -51,3 +52,17 @@ def make(tmp_path: pathlib.Path) -> Make:
 def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pictures, which take most of the time of a search that trains nothing."""
     monkeypatch.setattr(_run, "write_report", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def _unsynced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing waits for the disk, which is most of the time of a search that trains nothing."""
+    import sqlalchemy
+
+    def hasten(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", hasten)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", hasten)

@@ -73,7 +73,7 @@ _RANGES = {
 }
 
 
-@pytest.mark.parametrize("method", ["random", "tpe"])
+@pytest.mark.parametrize("method", [pytest.param("random", marks=pytest.mark.slow), "tpe"])
 def test_ranges_are_kept_and_the_seed_decides(make: Make, method: str) -> None:
     settings = {"method": method, "trials": 5, "startup_trials": 3, "space": _RANGES}
     result = search.run(make(**settings), quiet=True, trainer=Curve())
@@ -212,7 +212,7 @@ def _dying(number: int, step: int) -> Callable[[Experiment, int], None]:
     return before
 
 
-@pytest.mark.parametrize("method", ["grid", "random", "tpe"])
+@pytest.mark.parametrize("method", ["grid", pytest.param("random", marks=pytest.mark.slow), "tpe"])
 def test_after_a_kill_it_goes_on_to_the_same_end(make: Make, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"method": method, "trials": 6, "startup_trials": 2, "space": SPACE, "pruner": {"startup_trials": 2}}
     whole = search.run(make("whole", **settings), quiet=True, trainer=Curve())
