@@ -98,16 +98,24 @@ def test_tpe_learns_from_trials(make: Make) -> None:
 
 
 def test_more_may_be_better(make: Make) -> None:
+    """Layers are tried in the order 2, 3, 1, of which only the last is worse than the median before it."""
+
     class Accuracy(Curve):
         def train(self, experiment: Experiment, after_evaluation: Any) -> Any:
-            return {"eval/accuracy": experiment.model.layers / 10, "best/accuracy": experiment.model.layers / 5}
+            metrics = {"eval/accuracy": experiment.model.layers / 10}
+            after_evaluation(10, metrics)
+            return metrics | {"best/accuracy": experiment.model.layers / 5}
 
     space = {"model.layers": {"choices": [1, 3, 2]}}
-    found = make(method="grid", metric="accuracy", mode="max", space=space)
+    pruner = {"startup_trials": 1, "warmup_evaluations": 0}
+    found = make(method="grid", metric="accuracy", mode="max", space=space, pruner=pruner)
     result = search.run(found, quiet=True, trainer=Accuracy())
+    assert [(t.settings["model.layers"], t.state) for t in result.trials] == [
+        (2, "complete"), (3, "complete"), (1, "pruned")
+    ]  # fmt: skip
     assert result.best.settings == {"model.layers": 3}
     assert result.best.value == 0.6, "of the checkpoint that the run goes back to"
-    assert [row[1] for row in result.rows] == ["0.6", "0.4", "0.2"]
+    assert [row[1] for row in result.rows] == ["0.6", "0.4", ""]
 
 
 def test_the_first_of_equals_is_the_best() -> None:
@@ -323,7 +331,7 @@ def test_two_processes_do_not_search_in_one_folder(make: Make, tmp_path: pathlib
     found = make(method="grid", space=SPACE, trials=1)
     (tmp_path / "run").mkdir()
     with (tmp_path / "run/.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         with pytest.raises(UserError, match="in which another process is searching"):
             search.run(found, quiet=True, trainer=Curve())
     search.run(found, quiet=True, trainer=Curve())
