@@ -209,6 +209,7 @@ _WORDS: dict[Any, tuple[str, str]] = {
     str: ("text", "text"),
     pathlib.Path: ("a path", "paths"),
     type(None): ("null", "null"),
+    Any: ("any value", "values"),
 }
 
 

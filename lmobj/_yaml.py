@@ -43,7 +43,7 @@ def read(path: str | Path) -> Document:
 
 
 def _read(path: Path, prefix: str, above: tuple[Path, ...]) -> Document:
-    """As `read`, of a file that `above`, from the first on, are built on. `prefix` begins what is said of a missing one."""
+    """As `read`, of a file that those `above` are built on; `prefix` begins what is said where it cannot be read."""
     document = parse(_text(path, prefix), str(path))
     if "base" not in document.values:
         return document

@@ -32,7 +32,7 @@ from lmobj.train.config import TrainConfig
 from lmobj.train.initial import Init
 from lmobj.train.run_folder import RunFolder, differing_keys
 
-__all__ = ["Experiment", "difference", "dump", "load", "load_task", "schema"]
+__all__ = ["Experiment", "difference", "dump", "load", "load_task", "read", "schema"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
       UserError: one paragraph that names the place (`file:line`), the key, its value and what is accepted.
     """
+    return _settings.build(Experiment, read(path, overrides), str(path))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> _yaml.Document:
+    """The settings that `load` makes an experiment of, each with the place where it was written, before any check."""
     document = _inheriting(_yaml.merge(_yaml.read(path), _yaml.parse_overrides(overrides)))
-    values = {"name": Path(path).stem, **document.values}
-    return _settings.build(Experiment, dataclasses.replace(document, values=values), str(path))
+    return dataclasses.replace(document, values={"name": Path(path).stem, **document.values})
 
 
 def load_task(path: str | Path) -> AnswerTask:

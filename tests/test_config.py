@@ -14,7 +14,7 @@ import pydantic
 import pytest
 import yaml
 
-from lmobj import _settings, bench, config
+from lmobj import _settings, bench, config, search
 from lmobj.errors import UserError
 from lmobj.models import GRUConfig
 from lmobj.objectives import CausalLM
@@ -195,8 +195,8 @@ def test_shipped_configs_exist() -> None:
 
 @pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: str(path.relative_to(_ROOT)))
 def test_shipped_configs_load_and_open_with_their_launch_command(path: pathlib.Path) -> None:
-    command = "bench" if path.parent.name == "bench" else "train"
-    (bench if command == "bench" else config).load(path)
+    command = path.parent.name if path.parent.name in ("bench", "search") else "train"
+    {"bench": bench, "search": search}.get(command, config).load(path)
     opening = re.match(r"(#.*\n)+", path.read_text())
     assert opening, "opens with a comment"
     assert f"lmobj {command} {path.relative_to(_ROOT)}" in opening.group()

@@ -4,7 +4,7 @@
     2  models
     3  adapt, objectives, interop, data, tasks (which of the others imports data alone)
     4  evaluate, train (train may import evaluate)
-    5  config, bench, speed (the last two may import config)
+    5  config, bench, search, speed (the last three may import config)
     6  cli
 
 Read from the source by `ast`, so that imports inside functions count too.
@@ -27,13 +27,13 @@ _FLOORS = {
     "models": 2,
     **dict.fromkeys(("adapt", "objectives", "interop", "data", "tasks"), 3),
     **dict.fromkeys(("evaluate", "train"), 4),
-    **dict.fromkeys(("config", "_settings", "bench", "speed"), 5),
+    **dict.fromkeys(("config", "_settings", "bench", "search", "speed"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 """`_yaml` reads text for `config` and `train` and knows nothing else."""
 
 _SIDEWAYS = {("train", "evaluate"), ("__main__", "cli"), ("config", "_settings"), ("bench", "config"),
-             ("bench", "_settings"), ("speed", "config")}  # fmt: skip
+             ("bench", "_settings"), ("search", "config"), ("search", "_settings"), ("speed", "config")}  # fmt: skip
 """Which rooms of one floor may import one another, from the fourth up; below, a floor is free within itself."""
 
 _ONLY = {"adapt": {"batch", "errors", "masks", "models", "noise", "partition"}, "tasks": {"batch", "data", "errors"}}
@@ -44,7 +44,7 @@ _FREE = {"", "__version__"}
 
 _HEAVY = {"flax", "optax", "orbax", "grain", "tensorflow_datasets", "sentencepiece", "array_record", "pydantic", "yaml",
           "typer", "rich", "matplotlib", "jinja2", "tensorboardX", "safetensors", "torch", "transformers",
-          "peft", "sklearn"}  # fmt: skip
+          "peft", "sklearn", "optuna"}  # fmt: skip
 _FLOOR_1_MAY = {"_yaml": {"yaml"}}
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from lmobj.bench._config import Budget, BudgetKind
 from lmobj.bench._results import Line, Results, coverage, is_probed, spread, value_at
-from lmobj.train.report import BLUE, GREEN, GREY, ORANGE, PINK, STYLE
+from lmobj.train.page import BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 from lmobj.train.tracking import read_metrics
 
 __all__ = ["UNITS", "draw_results"]

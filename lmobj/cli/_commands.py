@@ -108,6 +108,20 @@ def bench(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> 
 
 
 @app.command(rich_help_panel="Runs")
+def search(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Search for the best settings of an experiment, trial by trial; the same command again goes on after a stop.
+
+    Example: lmobj search configs/search/quick.yaml search.trials=20 run=runs/longer
+    """
+    from lmobj.search import load, run
+
+    keep_programs()
+    result = run(load(config, overrides or ()), quiet=quiet)
+    if not quiet:
+        _print_table(result.header, result.rows)
+
+
+@app.command(rich_help_panel="Runs")
 def speed(
     arguments: Annotated[
         list[str],
@@ -428,10 +442,17 @@ def plan(
 @app.command(rich_help_panel="Configs")
 def schema(
     bench: Annotated[bool, typer.Option("--bench", help="Of benchmarks' configs.")] = False,
+    search: Annotated[bool, typer.Option("--search", help="Of searches' configs.")] = False,
 ) -> None:
     """Print the JSON schema of configs, which editors use for completion."""
+    from lmobj.errors import UserError
+
+    if bench and search:
+        raise UserError("--bench and --search are both given; accepted: one of the two.")
     if bench:
         from lmobj.bench import schema
+    elif search:
+        from lmobj.search import schema
     else:
         from lmobj.config import schema
     print(json.dumps(schema(), indent=2, ensure_ascii=False))

@@ -20,6 +20,7 @@ from lmobj.errors import UserError
 from lmobj.evaluate import TASK_METRICS, TASKS, Cloze, NGram, TaskReport, cloze_hits, task_report, unigram_top_k
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
+from lmobj.train.sharding import active
 from lmobj.train.step import TERM, State, StepMetrics
 
 __all__ = ["Evaluation", "readable"]
@@ -69,16 +70,20 @@ class Evaluation:
         report = task_report(task, every, data.classes, data.reference(self.run.spec, self.split))
         return metrics | report.figures, report
 
-    def check_metric(self, name: str, metrics: StepMetrics) -> None:
-        """Refuses a figure that this evaluation would not give, of which `metrics` are those that are sums.
+    def check_metric(self, name: str, key: str = "train.best.metric") -> None:
+        """Refuses a figure that this evaluation would not give; `key` is the setting that names it.
 
-        Without held-out text any name is accepted: nothing is evaluated.
+        The evaluation is traced for it. Without held-out text any name is accepted: nothing is evaluated.
         """
+        run = self.run
+        with active(run.mesh, run.rules):
+            carried = run.abstract_state.objective.carried
+            metrics, _, _ = jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)
         known = [one for one in metrics if not one.startswith(TERM)]
         known += TASK_METRICS[self.run.objective.task] if self.run.objective.task else ()
         known += ["loss", self.run.objective.judged_by] + ["perplexity"] * ("nll" in metrics)
         if self.has_text and name not in known:
-            raise UserError(f"train.best.metric is {name!r}; accepted: {', '.join(sorted(set(known)))}.")
+            raise UserError(f"{key} is {name!r}; accepted: {', '.join(sorted(set(known)))}.")
 
     def _steps(self, state: State, batches: int | None) -> Iterator[tuple[StepMetrics, dict[str, Any]]]:
         """The metrics of each batch, and of tasks the outputs; what the objective carries goes from one to the next."""

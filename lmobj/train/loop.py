@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from lmobj.train.guard import GUARD, Verdict
 from lmobj.train.initial import fingerprint, fresh_state, restored_state
 from lmobj.train.profile import Profiler
 from lmobj.train.run_folder import RunFolder, check_same_run
-from lmobj.train.sharding import active
 from lmobj.train.signals import Stopped, listen
 from lmobj.train.sinks import Sink, TensorBoard, WandBSink
 from lmobj.train.split_report import reported_splits
@@ -32,7 +31,10 @@ from lmobj.train.step import State, StepMetrics
 from lmobj.train.summary import check_samples, summarise
 from lmobj.train.tracking import Tracker, last_metrics, read_metrics
 
-__all__ = ["FitResult", "fit"]
+__all__ = ["AfterEvaluation", "FitResult", "fit"]
+
+AfterEvaluation = Callable[[int, dict[str, float]], bool]
+"""Is told the step and its `eval/...` metrics after each evaluation; true ends the run there, early but orderly."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def fit(
     model: ModelBuilder | None = None,
     resume: bool = False,
     quiet: bool = False,
+    after_evaluation: AfterEvaluation = lambda step, metrics: False,
 ) -> FitResult:
     """Trains a model and leaves a run folder.
 
@@ -65,6 +68,9 @@ def fit(
       resume: continue the run in `config.run_dir` from its last checkpoint. The result is bit for bit that of an
         uninterrupted run.
       quiet: print nothing.
+      after_evaluation: is called with the step and its `eval/...` metrics after each evaluation. Where it returns true
+        the run ends as if by `train.best.patience`, saved and summarised. Every process calls its own, and all must
+        answer alike. A resumed run does not call it again for evaluations before its checkpoint.
 
     Returns:
       The final state and metrics. The run folder holds them too, with a report.
@@ -112,7 +118,7 @@ def fit(
                 tracker.note(config.train.ema.note)
             if not evaluation.has_text:
                 tracker.note("data.validation is 0: no text is held out, so the run is not evaluated.")
-            state = _train(run, state, evaluation, folder, checkpoints, tracker)
+            state = _train(run, state, evaluation, folder, checkpoints, tracker, after_evaluation)
             if config.train.best.restore:
                 state = _best_state(run, state, evaluation, checkpoints, tracker)
             summarise(run, state, evaluation, folder, tracker)
@@ -130,10 +136,7 @@ def _rehearse(run: Assembly, evaluation: Evaluation) -> None:
     next(run.batches("train", steps=1))
     for split in {*([evaluation.split] if evaluation.has_text else []), *reported_splits(run)}:
         next(run.batches(split, steps=1))
-    with active(run.mesh, run.rules):
-        carried = run.abstract_state.objective.carried
-        metrics, _, _ = jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)
-    evaluation.check_metric(run.config.train.best.metric, metrics)
+    evaluation.check_metric(run.config.train.best.metric)
     check_samples(run)
 
 
@@ -207,6 +210,7 @@ def _train(
     folder: RunFolder,
     checkpoints: Checkpoints,
     tracker: Tracker,
+    after_evaluation: AfterEvaluation,
 ) -> State:
     """Steps from the state's to the last, with metrics, evaluations and checkpoints when they are due."""
     settings = run.config.train
@@ -245,7 +249,7 @@ def _train(
     with listen(distributed.peers()) as stop, profiler.closing():
         for step, batch in enumerate(_batches(run, tracker, start), start + 1):
             state, metrics = profiler.run(step, run.train_step, state, batch)
-            evaluated = {}
+            evaluated, enough = {}, False
             read_metrics()
             unread = (step, metrics)
             last = step == settings.steps
@@ -256,8 +260,9 @@ def _train(
                 evaluated = {f"eval/{name}": value for name, value in values.items()}
                 tracker.log(step, evaluated)
                 better = best.add(evaluated.get(settings.best.name, math.nan))
+                enough = after_evaluation(step, evaluated)
             stopped = stop.after(step)  # asked once: a signal may come between any two lines
-            ends = last or best.exhausted
+            ends = last or best.exhausted or enough
             wanted = settings.best.saves and bool(evaluated) and better
             if ends or wanted or _due(step, settings.checkpoint_every) or stopped is not None:
                 save(step)
@@ -266,7 +271,8 @@ def _train(
                 tracker.note(f"Saved at step {step}. Continue with: {folder.resume_command}")
                 raise Stopped(stopped)
             if ends and not last:
-                tracker.note(f"Stopped at step {step}: {best}.")
+                why = best if best.exhausted else "that was enough, by its evaluation"
+                tracker.note(f"Stopped at step {step}: {why}.")
                 break
     checkpoints.wait()
     return state

@@ -8,15 +8,12 @@ Everything that is shown is escaped: samples are a model's output and may hold a
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2.sandbox
 import markupsafe
 import matplotlib
 import numpy as np
@@ -27,40 +24,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from lmobj.errors import UserError
 from lmobj.train.generation import figure_rows
+from lmobj.train.page import BLUE, GREEN, GREY, ORANGE, PINK, STYLE, render, svg
 from lmobj.train.split_report import SplitReport, read_reports
 from lmobj.train.storage import write_atomically
 from lmobj.train.tracking import read_metrics
 
-__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PINK", "STYLE", "plot_curves", "write_report"]
-
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5F6B7A"
-"""Colours that people with any common colour blindness can tell apart (Okabe and Ito 2008)."""
-
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 10.5,
-    "text.color": "#1C2733",
-    "axes.edgecolor": "#C9D1DA",
-    "axes.labelcolor": GREY,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E8ECF0",
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lmobj",
-    "text.parse_math": False,
-}
+__all__ = ["plot_curves", "write_report"]
 
 _DASHES: tuple[Any, ...] = ((0, (1, 1.6)), (0, (4, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 3)), (0, (2, 4)))
 
@@ -142,18 +111,16 @@ def write_report(run_dir: str | Path) -> Path:
       UserError: the folder has no metrics.jsonl, or one of its files is damaged.
     """
     run = _read(Path(run_dir))
-    environment = jinja2.sandbox.SandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        importlib.resources.files("lmobj.train").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    page = render(
+        "lmobj.train",
+        "report.html.j2",
         title=str(run.config.get("name") or run.path.resolve().name),
         subtitle=" · ".join(_subtitle(run)),
         tiles=list(_tiles(run)),
         comparison=_comparison(run),
         quantity=run.quantity.title,
         better=run.quantity.better,
-        charts=[_svg(run, draw) for draw in _charts(run)],
+        charts=[_chart(run, draw) for draw in _charts(run)],
         splits=[_split(run, told) for told in run.splits],
         samples=list(_samples(run)),
         generation=_generation(run),
@@ -266,7 +233,7 @@ def _split(run: Run, told: SplitReport) -> dict[str, Any]:
         ],
         "header": told.header,
         "rows": told.lines(),
-        "picture": picture and _svg(run, lambda axes, _: picture.draw(axes), picture.size)[1],
+        "picture": picture and svg(picture.draw, picture.size)[1],
         "width": picture and round(min(max(360, 90 * picture.size[0]), 900)),
     }
 
@@ -293,7 +260,7 @@ def _generation(run: Run) -> dict[str, Any]:
         "header": header[1:],
         "rows": rows,
         "reference": run.generation["reference"] is not None,
-        "chart": _svg(run, _draw_generation),
+        "chart": _chart(run, _draw_generation),
         "texts": [(prompt, list(_written(run, prompt))) for prompt in run.generation["prompts"]],
     }
 
@@ -335,19 +302,8 @@ def _charts(run: Run) -> list[Draw]:
     return [draw for draw, names in wanted if any(run.series(name)[0].size for name in names)]
 
 
-def _svg(run: Run, draw: Draw, size: tuple[float, float] = (6.2, 3.5)) -> tuple[str, markupsafe.Markup]:
-    """A chart's title, and the chart as an SVG element that scales with the page."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots()
-        draw(axes, run)
-        title = axes.get_title("left")
-        axes.set_title("")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    return title, markupsafe.Markup(text[text.index("<svg") :])
+def _chart(run: Run, draw: Draw) -> tuple[str, markupsafe.Markup]:
+    return svg(lambda axes: draw(axes, run))
 
 
 def _draw_loss(axes: Axes, run: Run) -> None:

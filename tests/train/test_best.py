@@ -87,6 +87,25 @@ def test_a_run_stops_early_and_goes_back(corpus: pathlib.Path, tmp_path: pathlib
         assert max(line["step"] for line in lines(tmp_path / "killed")) == 6
 
 
+def test_whoever_called_may_end_a_run(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = tiny_runs.experiment(corpus, tmp_path / "run")
+    train = dataclasses.replace(config.train, evaluate_every=2, evaluate_batches=None, checkpoint_every=None)
+    told: list[tuple[int, dict[str, float]]] = []
+
+    def after_evaluation(step: int, metrics: dict[str, float]) -> bool:
+        told.append((step, metrics))
+        return step == 4
+
+    with tiny_runs.quick_compilation():
+        result = fit(dataclasses.replace(config, train=train), quiet=True, after_evaluation=after_evaluation)
+    assert int(result.state.step) == 4
+    written = [line for line in lines(tmp_path / "run") if "eval/loss" in line]
+    assert [{"step": step, **metrics} for step, metrics in told] == written
+    assert [line["step"] for line in written] == [2, 4]
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir(), "saved"
+    assert (tmp_path / "run" / "report.html").is_file(), "and summarised"
+
+
 def test_a_figure_that_evaluation_does_not_give(causal: FitResult, tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(causal.assembly.config, run=str(tmp_path / "run"))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, best=Best(metric="f1")))
