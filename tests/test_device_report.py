@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import device_checks as checks
+import device_report
+import device_speed
 import numpy as np
 import pytest
 
 from lmobj import attention as attention_module
 from lmobj import masks, objectives
 from tests.train.tiny_runs import quick_compilation
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
-import device_checks as checks
-import device_report
-import device_speed
 
 
 def here(function: Callable[..., Any], *arguments: Any) -> Any:

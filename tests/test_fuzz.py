@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
 import fuzz_inputs
+import pytest
 from fuzz_case import Case, Kind, flipped
 
 from lmobj import _yaml, config

@@ -5,17 +5,13 @@ A new config states in `EXPECTED` what its run must reach.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import pathlib
-import random
-import re
 import shutil
-import textwrap
 from typing import Any, NamedTuple
 
 import jax
+import make_tiny_data
 import numpy as np
 import pytest
 
@@ -89,7 +85,7 @@ def test_a_config_trains_resumes_and_evaluates(
     path: pathlib.Path, cache: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_what_the_header_says(path)
+    make_tiny_data.write_data(path, tmp_path)
     with quick_compilation():
         loaded = config.load(path, [f"run={tmp_path / 'run'}", f"data.cache={cache}", "train.mesh.data=1"])
         steps = loaded.train.steps
@@ -107,17 +103,6 @@ def test_a_config_trains_resumes_and_evaluates(
 
         metrics = open_run(loaded, quiet=True).evaluate()
     assert metrics == {name.removeprefix("eval/"): x for name, x in whole.metrics.items() if name.startswith("eval/")}
-
-
-def write_what_the_header_says(path: pathlib.Path) -> None:
-    """Runs the script that a header gives to make the config's data, `python -c '...' > FILE`, in this folder."""
-    header = "\n".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
-    for script, file in re.findall(r"python -c '\n(.*?)\n *' > (\S+)", header, re.DOTALL):
-        written = io.StringIO()
-        random.seed(0)
-        with contextlib.redirect_stdout(written):
-            exec(textwrap.dedent(script), {})
-        pathlib.Path(file).write_text(written.getvalue())
 
 
 def bits(result: FitResult) -> dict[str, bytes]:
