@@ -145,9 +145,12 @@ def evaluate(
     keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
-    metrics = open_run(experiment, best=best).evaluate(split)
+    trained = open_run(experiment, best=best)
+    metrics = trained.evaluate(split)
     if not is_first():
         return
+    for note in trained.assembly.notes(split):
+        print(note, file=sys.stderr)
     if as_json:
         print(json.dumps(metrics))
     else:

@@ -5,6 +5,7 @@ A row is full and holds one document or one pair of texts, so that what peers wi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,15 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
         "backward": np.arange(rows) >= rows // 2,
         "word_starts": ~text | (rng.random(shape) < 0.7),
         "token_bytes": np.where(text, rng.integers(1, 7, shape), 0),
-        # Two classes, which every objective with classes has.
-        **dict.fromkeys(("pair_labels", *LABEL_FIELDS), np.arange(rows) % 2),
         "tags": np.where(text, drawn % 2, NO_TAG),
         "spans": np.sort(rng.choice(last_text, (rows, 2)), axis=1),
     }
-    return {name: values[name].astype(array.dtype) for name, array in row_arrays(spec).items()}
+    arrays = row_arrays(spec)
+    for name in ("pair_labels", *LABEL_FIELDS):  # two classes, which every objective with classes has
+        if name in arrays:
+            shape = (rows, *arrays[name].shape)
+            values[name] = np.arange(math.prod(shape)).reshape(shape) % 2
+    return {name: values[name].astype(array.dtype) for name, array in arrays.items()}
 
 
 def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -49,6 +49,8 @@ class ExampleRows(NamedTuple):
     """Rows first, with the names of `lmobj.batch` but for `row_ids`."""
     reference: Any
     """What the model's answers are compared with, and what turns outputs of rows into answers."""
+    notes: tuple[str, ...] = ()
+    """What the person should know of them: what did not fit. Sentences."""
 
 
 class Kind(abc.ABC, Generic[E]):
@@ -160,6 +162,10 @@ class ExampleDataset(Generic[E]):
     def reference(self, spec: RowSpec, split: str) -> Any:
         """What the answers of a split are compared with; its rows are in the order of `rows`."""
         return self._built(spec, split).reference
+
+    def notes(self, spec: RowSpec, split: str) -> tuple[str, ...]:
+        """What the person should know of the rows of a split: what did not fit. Sentences that name the split."""
+        return tuple(f"{split}: {note}" for note in self._built(spec, split).notes)
 
     @functools.cached_property
     def _built(self) -> Callable[[RowSpec, str], ExampleRows]:

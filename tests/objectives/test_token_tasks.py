@@ -112,7 +112,8 @@ def test_an_answer_costs_the_mean_over_both_ends_of_the_rows_that_have_text() ->
     inf = math.inf
     np.testing.assert_allclose(terms.outputs["start_logits"][:2], [[*range(1, 8), -inf], [*range(1, 6), *[-inf] * 3]])
     np.testing.assert_allclose(terms.outputs["end_logits"][1], [-1, -2, -3, -4, -5, -inf, -inf, -inf])
-    assert given["token_types"] is not None and not given["mask"].causal
+    assert given["token_types"] is not None
+    assert not given["mask"].causal
 
 
 @pytest.mark.parametrize("objective", [TAGS, ENDS], ids=lambda o: o.name)
@@ -123,8 +124,9 @@ def test_what_the_model_is_given(objective: Objective) -> None:
     assert run(untyped, head, batch)[2]["token_types"] is None
     causal = dataclasses.replace(objective, attention="causal")
     given = run(causal, head, batch)[2]
-    assert given["token_types"] is None and given["mask"].causal
-    assert causal.causal and causal.use(8).causal and not objective.use(8).causal
+    assert given["token_types"] is None
+    assert given["mask"].causal
+    assert (causal.causal, causal.use(8).causal, objective.use(8).causal) == (True, True, False)
     del batch["token_types"]  # as sentences of tagged words have none
     assert run(objective, head, batch)[2]["token_types"] is None
 
