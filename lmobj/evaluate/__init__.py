@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lmobj.evaluate._answer_report import answer_questions
 from lmobj.evaluate._answer_scores import (
     AnswerScores,
     AnswerSummary,
@@ -86,6 +87,7 @@ __all__ = [
     "TextStatistics",
     "answer_f1",
     "answer_queries",
+    "answer_questions",
     "apply_null_threshold",
     "beam_search",
     "best_null_threshold",

@@ -64,6 +64,10 @@ class Kind(abc.ABC, Generic[E]):
         """The examples of a file; None for each that `errors: skip` leaves out. Raises UserError naming the place."""
 
     @abc.abstractmethod
+    def read_unlabelled(self, file: str) -> Iterator[E]:
+        """The same to be predicted: all examples, whose labels need not be there and are not looked at."""
+
+    @abc.abstractmethod
     def texts(self, examples: Sequence[E]) -> Iterable[str]:
         """Their texts, each once, for the tokenizer and to be counted."""
 

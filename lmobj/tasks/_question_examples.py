@@ -49,6 +49,10 @@ class QuestionExamples(Kind[Question]):
             lost = question.dropped and not question.answers
             yield None if lost or not question.context.strip() else question
 
+    def read_unlabelled(self, file: str) -> Iterator[Question]:
+        """The questions, answered or not."""
+        return read_squad(file)
+
     def texts(self, examples: Sequence[Question]) -> Iterable[str]:
         """The contexts, each once, and the questions."""
         return [
@@ -110,11 +114,11 @@ class QuestionExamples(Kind[Question]):
     def _notes(self, cut: int, lost: int, questions: int, spec: RowSpec) -> Iterator[str]:
         if cut:
             yield (
-                f"{cut:,} of {questions:,} questions are cut after {self.source.max_question} tokens "
-                "(data.source.max_question)."
+                f"questions that are cut after {self.source.max_question} tokens (data.source.max_question): "
+                f"{cut:,} of {questions:,}."
             )
         if lost:
             yield (
-                f"{lost:,} of {questions:,} questions have an answer that no window holds whole (data.length is "
-                f"{spec.length}); their rows say that there is none."
+                f"questions whose answer no window holds whole (data.length is {spec.length}), so that their rows say "
+                f"that there is none: {lost:,} of {questions:,}."
             )

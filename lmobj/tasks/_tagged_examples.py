@@ -67,14 +67,18 @@ class TaggedExamples(Kind[TaggedSentence]):
             else:
                 yield sentence
 
-    def _sentences(self, file: str) -> Iterator[TaggedSentence]:
+    def read_unlabelled(self, file: str) -> Iterator[TaggedSentence]:
+        """The sentences, all of whose tags are O, whether the file has tags or not."""
+        return self._sentences(file, tagged=False)
+
+    def _sentences(self, file: str, *, tagged: bool = True) -> Iterator[TaggedSentence]:
         source = self.source
         if source.lines == "sentences":
-            return read_tagged_lines(file)
+            return read_tagged_lines(file, tagged=tagged)
         return read_conll(
             file,
             word_column=source.word_column,
-            tag_column=source.tag_column,
+            tag_column=source.tag_column if tagged else None,
             separator=source.separator,
             comment=source.comment,
         )
@@ -140,6 +144,6 @@ def _notes(lost: Sequence[int], sentences: int, spec: RowSpec) -> tuple[str, ...
     if not lost:
         return ()
     return (
-        f"{len(lost):,} of {sentences:,} sentences are longer than a row (data.length is {spec.length}); "
-        f"{sum(lost):,} words at their ends are not read, and count as O.",
+        f"sentences that are longer than a row (data.length is {spec.length}): {len(lost):,} of {sentences:,}; words "
+        f"at their ends that are not read and count as O: {sum(lost):,}.",
     )
