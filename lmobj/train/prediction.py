@@ -1,8 +1,8 @@
 """What a run's model says of examples in files, written as JSON Lines.
 
 Examples go through a batch at a time, so that neither input nor output need fit into memory (but for a JSON file of
-questions, which is read whole). Lines are appended to `OUTPUT.partial`, which becomes OUTPUT at the end; where a partial
-file lies there already, it is gone on with.
+questions, which is read whole). Lines are appended to `OUTPUT.partial`, which becomes OUTPUT at the end; where a
+partial file lies there already, it is gone on with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs of token classification and extractive QA: what the person is told, evaluation of a part, predictions of files."""
+"""Runs of token classification and extractive QA: what the person is told, evaluation of a part, predictions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sentences(count: int) -> str:
     found = []
     for i in range(count):
         words = ["Ada B-PER", "Lovelace I-PER", "met O", f"w{i} O", "Rome B-LOC"] * (6 if i % 5 == 4 else 1)
-        found.append("\n".join(words[i % 3 :]))
+        found.append("\n".join(words[2 * (i % 2) :]))
     return "\n\n".join(found) + "\n"
 
 
