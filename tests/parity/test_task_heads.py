@@ -88,10 +88,7 @@ def compared(family: str, task: str, objective: Objective, batch: Batch, labels:
         said = theirs(**inputs, **{name: torch.from_numpy(np.array(x, np.int64)) for name, x in labels.items()})
 
     model = nnx.merge(nnx.split(nnx.eval_shape(lambda: config.build(VOCAB, nnx.Rngs(params=0))))[0], params)
-    head = objective.build_heads(model.head_style, VOCAB, nnx.Rngs(params=0))
-    graph, _ = nnx.split(head)
-    weights = {name.rpartition(".")[0].rpartition(".")[2]: None for name, _ in theirs.named_parameters()}
-    assert weights
+    graph = nnx.split(objective.build_heads(model.head_style, VOCAB, nnx.Rngs(params=0)))[0]
     last = theirs.qa_outputs if "Question" in task else theirs.classifier
     given = {"classifier": linear(last)}
     if "Sequence" in task:
