@@ -47,8 +47,8 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
     arrays = row_arrays(spec)
     for name in ("pair_labels", *LABEL_FIELDS):  # two classes, which every objective with classes has
         if name in arrays:
-            shape = (rows, *arrays[name].shape)
-            values[name] = np.arange(math.prod(shape)).reshape(shape) % 2
+            label = (rows, *arrays[name].shape)
+            values[name] = np.arange(math.prod(label)).reshape(label) % 2
     return {name: values[name].astype(array.dtype) for name, array in arrays.items()}
 
 
