@@ -163,6 +163,13 @@ def test_answers_by_hand() -> None:
     assert best[0][2] == max(one[2] for one in best)
 
 
+def test_the_best_threshold_does_not_depend_on_the_one_that_is_set() -> None:
+    report = task_report("extractive_qa", ends(*GUESSES), (), qa_reference(ANSWERS, null_threshold=-9.0))
+    # All but the first are unanswered, which is right for the last two.
+    assert report.figures["f1"] == pytest.approx(3 / 4)
+    assert (report.figures["best_f1"], report.figures["best_null_threshold"]) == pytest.approx((11 / 12, -8))
+
+
 def test_answers_that_are_always_there() -> None:
     reference = qa_reference(["red cat", "Rome"])
     report = task_report("extractive_qa", ends((3, 4, 5.0, 9.0), *GUESSES[1:2]), (), reference)
