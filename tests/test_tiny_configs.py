@@ -52,6 +52,8 @@ EXPECTED = {
     # Three classes, as many pairs of each.
     "classification": Expected("accuracy", above=0.9),
     "regression": Expected("mse", below=0.15),  # a tenth of the variance, 6/4
+    "token_classification": Expected("entity_f1", above=0.95),
+    "extractive_qa": Expected("f1", above=0.95),
     "mixture": Expected("lm/nll", below=6.264),
     "next_sentence": Expected("nll", below=6.264),
     "sentence_order": Expected("nll", below=6.264),

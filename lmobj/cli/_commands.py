@@ -243,7 +243,7 @@ def predict(
     best: Best = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write what a fine-tuned model says of each text: its class with probabilities, or its score.
+    """Write what a fine-tuned model says of each text, sentence or question: class, score, tags, or answer.
 
     Example: lmobj predict runs/sentiment --input reviews.tsv --output predicted.jsonl --best
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,9 +31,12 @@ def check_options(task: Path | None, generation: bool, split: str) -> None:
 
 def print_split(experiment: Experiment, split: str, *, best: bool, as_json: bool) -> None:
     """Evaluates a run on a split and prints the figures; of a task the table of scores too, with files in RUN/eval."""
-    metrics, told = open_run(experiment, best=best).examine(split)
+    trained = open_run(experiment, best=best)
+    metrics, told = trained.examine(split)
     if not is_first():
         return
+    for note in trained.assembly.notes(split):
+        print(note, file=sys.stderr)
     files = told.write(RunFolder(experiment.run_dir)) if told else []
     if as_json:
         print(json.dumps(metrics))

@@ -169,6 +169,10 @@ class Dataset:
         found = [self._labels(name, spec, split) for name in names]
         return np.concatenate([labels for labels in found if labels is not None])
 
+    def notes(self, spec: RowSpec, split: str) -> tuple[str, ...]:
+        """What the person should know of the rows of a split; of texts there is nothing to say."""
+        return ()
+
     def batches(
         self,
         spec: RowSpec,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lmobj.evaluate._answer_report import answer_questions
 from lmobj.evaluate._answer_scores import (
     AnswerScores,
     AnswerSummary,
@@ -119,6 +120,7 @@ __all__ = [
     "TextStatistics",
     "answer_f1",
     "answer_queries",
+    "answer_questions",
     "answer_scores",
     "apply_null_threshold",
     "beam_search",

@@ -21,19 +21,25 @@ from lmobj.evaluate._answer_spans import FoundAnswers, find_answers
 from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
 from lmobj.tasks import AskedQuestion, QuestionReference
 
-__all__ = ["EXTRACTIVE_QA"]
+__all__ = ["EXTRACTIVE_QA", "answer_questions"]
 
 _NORMALISE: dict[str, Normalise] = {"english": normalise_answer, "chinese": normalise_chinese_answer}
+_HEADER = ("questions", "exact match", "F1", "number")
 _N_BEST = 5
 """Answers in a record."""
 
 
 def _report(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: QuestionReference) -> TaskReport:
     """Of `start_logits` and `end_logits` [n, L] of the first n windows: exact match and F1 of the questions all of
-    whose windows are there. Where some have no answer, the best of both over all thresholds too, and with which."""
-    asked, found = _answers(outputs["start_logits"], outputs["end_logits"], reference)
+    whose windows are there. Where some have no answer, the best of both over all thresholds too, and with which.
+
+    Of fewer rows than the first question has windows there are no figures.
+    """
+    asked, found = answer_questions(outputs["start_logits"], outputs["end_logits"], reference)
     settings = reference.source
     normalise = _NORMALISE[settings.normalise]
+    if not asked:
+        return TaskReport({}, _HEADER, [], None, list)
     scores = _scores(asked, [each.answer(settings.null_threshold) for each in found], normalise)
     summary = summarise_answers(scores)
     figures = {"exact_match": summary.exact, "f1": summary.f1}
@@ -60,17 +66,17 @@ def _report(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: Q
     parts = {"all": summary, "with an answer": summary.has_answer, "without": summary.no_answer}
     return TaskReport(
         figures=figures,
-        header=("questions", "exact match", "F1", "number"),
+        header=_HEADER,
         rows=[(name, part.exact, part.f1, part.total) for name, part in parts.items() if part is not None],
         picture=None,
         records=records,
     )
 
 
-def _answers(
+def answer_questions(
     start: NDArray, end: NDArray, reference: QuestionReference
 ) -> tuple[list[AskedQuestion], list[FoundAnswers]]:
-    """The questions all of whose windows have logits, and what these say."""
+    """The questions all of whose windows have logits [n, L], and what these say; settings are those of the source."""
     asked, found, row = [], [], 0
     for one in reference.asked:
         rows = slice(row, row + len(one.windows.tokens))

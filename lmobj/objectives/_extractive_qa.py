@@ -52,8 +52,9 @@ class ExtractiveQA(TokenTask):
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """The rows as they are; both ends of each are predicted."""
-        spans = batch["spans"]
-        return self.example(batch, spans, jnp.broadcast_to(row_weights(batch)[:, None], spans.shape))
+        there = row_weights(batch)[:, None]
+        spans = jnp.where(there > 0, batch["spans"], 0)
+        return self.example(batch, spans, jnp.broadcast_to(there, spans.shape))
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the sum over both ends of all rows."""

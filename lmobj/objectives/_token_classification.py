@@ -63,7 +63,7 @@ class TokenClassification(TokenTask):
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """The rows as they are."""
         tags = batch["tags"]
-        tagged = tags != NO_TAG
+        tagged = (tags != NO_TAG) & (batch["segment_ids"] > 0)
         return self.example(batch, jnp.where(tagged, tags, 0), tagged.astype(jnp.float32))
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:

@@ -49,6 +49,8 @@ class ExampleRows(NamedTuple):
     """Rows first, with the names of `lmobj.batch` but for `row_ids`."""
     reference: Any
     """What the model's answers are compared with, and what turns outputs of rows into answers."""
+    notes: tuple[str, ...] = ()
+    """What the person should know of them: what did not fit. Sentences."""
 
 
 class Kind(abc.ABC, Generic[E]):
@@ -60,6 +62,10 @@ class Kind(abc.ABC, Generic[E]):
     @abc.abstractmethod
     def read(self, file: str) -> Iterator[E | None]:
         """The examples of a file; None for each that `errors: skip` leaves out. Raises UserError naming the place."""
+
+    @abc.abstractmethod
+    def read_unlabelled(self, file: str) -> Iterator[E]:
+        """The same to be predicted: all examples, whose labels need not be there and are not looked at."""
 
     @abc.abstractmethod
     def texts(self, examples: Sequence[E]) -> Iterable[str]:
@@ -160,6 +166,10 @@ class ExampleDataset(Generic[E]):
     def reference(self, spec: RowSpec, split: str) -> Any:
         """What the answers of a split are compared with; its rows are in the order of `rows`."""
         return self._built(spec, split).reference
+
+    def notes(self, spec: RowSpec, split: str) -> tuple[str, ...]:
+        """What the person should know of the rows of a split: what did not fit. Sentences that name the split."""
+        return tuple(f"{split}: {note}" for note in self._built(spec, split).notes)
 
     @functools.cached_property
     def _built(self) -> Callable[[RowSpec, str], ExampleRows]:

@@ -49,6 +49,10 @@ class QuestionExamples(Kind[Question]):
             lost = question.dropped and not question.answers
             yield None if lost or not question.context.strip() else question
 
+    def read_unlabelled(self, file: str) -> Iterator[Question]:
+        """The questions, answered or not."""
+        return read_squad(file)
+
     def texts(self, examples: Sequence[Question]) -> Iterable[str]:
         """The contexts, each once, and the questions."""
         return [
@@ -64,24 +68,13 @@ class QuestionExamples(Kind[Question]):
         self, examples: Sequence[Question], classes: Sequence[str], tokenizer: Tokenizer, spec: RowSpec, key: str
     ) -> ExampleRows:
         """A row for each window. Where a question has several answers, the first is pointed to."""
+        questions = tokenizer.encode_batch([question.question for question in examples])
         read = functools.cache(lambda text: token_offsets(tokenizer, text))
         asked, spans = [], []
-        for question, tokens in zip(
-            examples, tokenizer.encode_batch([question.question for question in examples]), strict=True
-        ):
+        for question, tokens in zip(examples, questions, strict=True):
             context, offsets = read(question.context)
             try:
-                windows = qa_windows(
-                    tokens,
-                    context,
-                    max_length=spec.length,
-                    stride=self.source.stride,
-                    max_question=self.source.max_question,
-                    prefix=spec.prefix,
-                    separator=spec.suffix,
-                    suffix=spec.suffix,
-                    pad=tokenizer.vocabulary.pad,
-                )
+                windows = self._windows(tokens, context, tokenizer, spec)
             except UserError as error:
                 raise UserError(
                     f"data.length is {spec.length} and data.source.max_question {self.source.max_question}, and for "
@@ -98,4 +91,34 @@ class QuestionExamples(Kind[Question]):
             "token_types": np.concatenate([one.windows.token_types for one in asked]),
             "spans": np.concatenate(spans),
         }
-        return ExampleRows(arrays, QuestionReference(tuple(asked), self.source))
+        cut = sum(len(tokens) > self.source.max_question for tokens in questions)
+        lost = sum(bool(question.answers) and not found.any() for question, found in zip(examples, spans, strict=True))
+        notes = tuple(self._notes(cut, lost, len(examples), spec))
+        return ExampleRows(arrays, QuestionReference(tuple(asked), self.source), notes)
+
+    def _windows(
+        self, question: NDArray[np.int32], context: NDArray[np.int32], tokenizer: Tokenizer, spec: RowSpec
+    ) -> QAWindows:
+        return qa_windows(
+            question,
+            context,
+            max_length=spec.length,
+            stride=self.source.stride,
+            max_question=self.source.max_question,
+            prefix=spec.prefix,
+            separator=spec.suffix,
+            suffix=spec.suffix,
+            pad=tokenizer.vocabulary.pad,
+        )
+
+    def _notes(self, cut: int, lost: int, questions: int, spec: RowSpec) -> Iterator[str]:
+        if cut:
+            yield (
+                f"questions that are cut after {self.source.max_question} tokens (data.source.max_question): "
+                f"{cut:,} of {questions:,}."
+            )
+        if lost:
+            yield (
+                f"questions whose answer no window holds whole (data.length is {spec.length}), so that their rows say "
+                f"that there is none: {lost:,} of {questions:,}."
+            )

@@ -79,7 +79,7 @@ def _question(where: str, row: Any, context: str, title: str, strict: bool) -> Q
         raise UserError(
             f"{where}.answers[{index}] (id {number}) says {given[index]['text']!r:.60} stands at "
             f"{given[index]['answer_start']}, where the context has another text; accepted: answers at their place, or "
-            "strict=False to drop and count them."
+            "strict=False (data.source.errors=skip) to drop and count them."
         )
     kept = tuple(answer for answer in answers if answer is not None)
     return Question(str(number), text, context, kept, impossible, len(answers) - len(kept), title)

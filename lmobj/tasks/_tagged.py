@@ -32,7 +32,7 @@ def read_conll(
     path: str | Path,
     *,
     word_column: int = 0,
-    tag_column: int = -1,
+    tag_column: int | None = -1,
     separator: str | None = None,
     comment: str | None = None,
 ) -> Iterator[TaggedSentence]:
@@ -42,7 +42,7 @@ def read_conll(
 
     Args:
       path: the file.
-      word_column, tag_column: counted from 0, or from the end below 0.
+      word_column, tag_column: counted from 0, or from the end below 0. Without a tag column every tag is O.
       separator: between columns; None: any number of spaces and tabs. With "\\t" a word may be a space.
       comment: lines that begin so before the first word of a sentence are none; None: there are no comments, and "#" is
         a word.
@@ -71,13 +71,16 @@ def read_conll(
         yield TaggedSentence(tuple(words), tuple(tags), first)
 
 
-def read_tagged_lines(path: str | Path, *, separator: str = "\t", between: str = " ") -> Iterator[TaggedSentence]:
+def read_tagged_lines(
+    path: str | Path, *, separator: str = "\t", between: str = " ", tagged: bool = True
+) -> Iterator[TaggedSentence]:
     """The sentences of a file with one on each line: words, a separator, tags. Blank lines are none.
 
     Args:
       path: the file.
       separator: between words and tags.
       between: between one word and the next, and between tags.
+      tagged: whether there are tags; else every tag is O, and what follows a separator is not looked at.
 
     Raises:
       UserError: a file that cannot be read, or a line whose words and tags are not as many; it names the line.
@@ -86,6 +89,8 @@ def read_tagged_lines(path: str | Path, *, separator: str = "\t", between: str =
         if not line.strip():
             continue
         parts = line.split(separator)
+        if not tagged:
+            parts = [parts[0], between.join("O" for _ in parts[0].strip(" ").split(between))]
         if len(parts) != 2:
             raise UserError(f"{path}:{number} has {len(parts)} columns; accepted: words, {separator!r}, tags.")
         words, tags = (tuple(part.strip(" ").split(between)) for part in parts)
@@ -101,9 +106,13 @@ def _columns(line: str, separator: str | None) -> list[str]:
     return _GAPS.split(line.strip(" \t")) if separator is None else line.split(separator)
 
 
-def _pair(where: str, columns: list[str], word_column: int, tag_column: int) -> tuple[str, str]:
+def _pair(where: str, columns: list[str], word_column: int, tag_column: int | None) -> tuple[str, str]:
     """Word and tag of a line. UserError if a column is missing or empty, or both are the same one."""
     count = len(columns)
+    if tag_column is None:
+        if not -count <= word_column < count or not columns[word_column]:
+            raise UserError(f"{where} has no word in column {word_column}, counted from 0; accepted: lines with one.")
+        return columns[word_column], "O"
     word, tag = (column + count if column < 0 else column for column in (word_column, tag_column))
     if not (0 <= word < count and 0 <= tag < count) or word == tag:
         raise UserError(

@@ -67,14 +67,18 @@ class TaggedExamples(Kind[TaggedSentence]):
             else:
                 yield sentence
 
-    def _sentences(self, file: str) -> Iterator[TaggedSentence]:
+    def read_unlabelled(self, file: str) -> Iterator[TaggedSentence]:
+        """The sentences, all of whose tags are O, whether the file has tags or not."""
+        return self._sentences(file, tagged=False)
+
+    def _sentences(self, file: str, *, tagged: bool = True) -> Iterator[TaggedSentence]:
         source = self.source
         if source.lines == "sentences":
-            return read_tagged_lines(file)
+            return read_tagged_lines(file, tagged=tagged)
         return read_conll(
             file,
             word_column=source.word_column,
-            tag_column=source.tag_column,
+            tag_column=source.tag_column if tagged else None,
             separator=source.separator,
             comment=source.comment,
         )
@@ -109,8 +113,11 @@ class TaggedExamples(Kind[TaggedSentence]):
         tags, word_ids = np.full(shape, NO_TAG, np.int32), np.full(shape, -1, np.int32)
         encode = functools.cache(tokenizer.encode)
         first = len(spec.prefix)
+        lost = []
         for row, sentence in enumerate(examples):
-            pieces, words = (part[:room] for part in encode_words(sentence.words, encode, space=self.source.space))
+            every = encode_words(sentence.words, encode, space=self.source.space)
+            pieces, words = (part[:room] for part in every)
+            lost += [len(np.setdiff1d(every[1][room:], words))] * (len(every[1]) > room)
             size, end = first + len(pieces) + len(spec.suffix), first + len(pieces)
             tokens[row, :size] = [*spec.prefix, *pieces, *spec.suffix]
             segments[row, :size], positions[row, :size] = 1, np.arange(size)
@@ -118,7 +125,7 @@ class TaggedExamples(Kind[TaggedSentence]):
             tags[row, first:end] = self._tags(sentence, words, classes, key)
         arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "tags": tags}
         reference = TagReference(tuple(examples), word_ids, tuple(classes), self.source.scheme, self.source.subwords)
-        return ExampleRows(arrays, reference)
+        return ExampleRows(arrays, reference, _notes(lost, len(examples), spec))
 
     def _tags(
         self, sentence: TaggedSentence, words: NDArray[np.int32], classes: Sequence[str], key: str
@@ -130,3 +137,13 @@ class TaggedExamples(Kind[TaggedSentence]):
             raise UserError(
                 f"{key}: the sentence at line {sentence.line} has a tag that no training sentence calls for ({error})"
             ) from None
+
+
+def _notes(lost: Sequence[int], sentences: int, spec: RowSpec) -> tuple[str, ...]:
+    """Of the sentences that were cut, in each of which some words may be lost."""
+    if not lost:
+        return ()
+    return (
+        f"sentences that are longer than a row (data.length is {spec.length}): {len(lost):,} of {sentences:,}; words "
+        f"at their ends that are not read and count as O: {sum(lost):,}.",
+    )

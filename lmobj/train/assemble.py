@@ -302,6 +302,10 @@ class Assembly(Design):
             return f"{every:,} parameters"
         return f"{self.parameter_count:,} of {every:,} parameters trained"
 
+    def notes(self, split: str) -> tuple[str, ...]:
+        """What the person should know of the rows of a split: what did not fit."""
+        return self.dataset.notes(self.spec, split)
+
     def batches(self, split: str, *, start: int = 0, steps: int | None = None, whole: bool = False) -> Iterator[Any]:
         """Batches of a split from step `start`; on the training split in this run's order, else each row once.
 

@@ -112,7 +112,8 @@ def fit(
         if distributed.is_first():
             folder.write_json("environment.json", environment())
         with _tracker(run, folder, start=int(state.step), quiet=quiet) as tracker:
-            for note in (*notes, run.describe()):
+            held_out = run.notes(evaluation.split) if evaluation.has_text else ()
+            for note in (*notes, run.describe(), *run.notes("train"), *held_out):
                 tracker.note(note)
             if config.train.ema is not None:
                 tracker.note(config.train.ema.note)

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from lmobj import objectives
-from lmobj.batch import Batch, Vocabulary
+from lmobj.batch import NO_TAG, Batch, Vocabulary
 from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, ModelBuilder, MoEConfig, XLNetConfig
 from lmobj.objectives import Objective
 from lmobj.train.step import Program, State
@@ -132,6 +132,24 @@ def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
+def make_tagged(rows: int = BATCH, *, first_row: int = 0) -> Batch:
+    """`make_batch` with tags of three classes on some tokens; row r is the same in every batch."""
+    batch = make_batch(rows=rows, first_row=first_row)
+    tags = [np.random.default_rng([4, row]).integers(NO_TAG, 3, LENGTH) for row in range(first_row, first_row + rows)]
+    return batch | {"tags": jnp.where(batch["segment_ids"] > 0, jnp.asarray(np.stack(tags), jnp.int32), NO_TAG)}
+
+
+def make_questions(rows: int = BATCH, *, first_row: int = 0) -> Batch:
+    """`make_pairs` with an answer in B, or in every third row none; row r is the same in every batch."""
+    batch = make_pairs(rows=rows, first_row=first_row)
+    spans = np.zeros((rows, 2), np.int32)
+    for row, types in enumerate(np.asarray(batch["token_types"])):
+        if (first_row + row) % 3:
+            text = np.flatnonzero(types)[:-1]
+            spans[row] = np.sort(np.random.default_rng([5, first_row + row]).choice(text, 2))
+    return batch | {"spans": jnp.asarray(spans)}
+
+
 def make_streams(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
     """[half a row | A SEP B SEP CLS] as permutation LM reads it, every second row backwards; some end in padding."""
     batch = {name: np.array(x) for name, x in make_pairs(seed, rows, length, first_row=first_row).items()}
@@ -158,7 +176,10 @@ def pad_columns(batch: Batch, extra: int) -> Batch:
     """The same rows with `extra` columns of padding."""
     if "row_ids" not in batch:
         return {name: pad_columns(part, extra) for name, part in batch.items()}
-    return {k: jnp.pad(v, ((0, 0), (0, extra))) if k in _TOKEN_FIELDS else v for k, v in batch.items()}
+    padding = {**dict.fromkeys(_TOKEN_FIELDS, 0), "tags": NO_TAG}
+    return {
+        k: jnp.pad(v, ((0, 0), (0, extra)), constant_values=padding[k]) if k in padding else v for k, v in batch.items()
+    }
 
 
 def pad_rows(batch: Batch, extra: int) -> Batch:
@@ -274,6 +295,20 @@ CASES: dict[str, Case] = {
         {"model": DECODER},
         make=make_pairs,
         packed=False,
+    ),
+    "token_classification": Case(
+        objectives.TokenClassification(classes=3),
+        {"model": ENCODER},
+        make=make_tagged,
+        sees_later=True,
+        unused=("token_types", "['head']"),
+    ),
+    "extractive_qa": Case(
+        objectives.ExtractiveQA(),
+        {"model": ENCODER},
+        make=make_questions,
+        packed=False,
+        unused=("['head']",),
     ),
 }
 

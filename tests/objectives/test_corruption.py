@@ -22,6 +22,7 @@ from lmobj.objectives import (
     Classification,
     Context,
     Example,
+    ExtractiveQA,
     MaskedLM,
     NextSentencePrediction,
     Objective,
@@ -29,6 +30,7 @@ from lmobj.objectives import (
     ReplacedTokenDetection,
     SentenceOrderPrediction,
     SpanBoundary,
+    TokenClassification,
     TransformerXL,
     step_keys,
 )
@@ -284,6 +286,9 @@ DEFAULTS: list[tuple[Objective, dict[str, Any]]] = [
     (TransformerXL(), {"label_smoothing": 0.0, "z_loss": 0.0, "epsilon": {}}),
     # Bowman et al. 2015: three classes. Devlin et al. 2019: dropout 0.1 of the pooled state.
     (Classification(), {"classes": 2, "label_smoothing": 0.0, "dropout": 0.1, "epsilon": {}}),
+    # Devlin et al. 2019: dropout 0.1 of the states, which see both sides.
+    (TokenClassification(), {"attention": "bidirectional", "token_types": True, "dropout": 0.1, "epsilon": {}}),
+    (ExtractiveQA(), {"attention": "bidirectional", "token_types": True, "dropout": 0.1, "epsilon": {}}),
 ]
 
 

@@ -57,6 +57,14 @@ def test_special_tokens_stand_where_the_rows_put_them() -> None:
     assert stream["token_types"][0].tolist() == [0] * 5 + [1] * 3 + [2]
     assert stream["backward"].tolist() == [False, False, True, True]
     assert ((stream["token_bytes"] == 0) == np.isin(stream["tokens"], (4, 5))).all()
+    tagged = synthetic_batch(RowSpec("tagged", 6, (4,), (5,), ("tags",)), 3, VOCAB, 0)
+    assert tagged["tokens"][:, [0, 5]].tolist() == [[4, 5]] * 3
+    assert ((tagged["tags"] == -1) == np.isin(tagged["tokens"], (4, 5))).all()
+    assert set(tagged["tags"].flat) == {-1, 0, 1}
+    questions = synthetic_batch(RowSpec("questions", 9, (4,), (5,), ("spans",)), 8, VOCAB, 0)
+    assert questions["token_types"].tolist() == [[0] * 5 + [1] * 4] * 8
+    assert set(questions["spans"].flat) <= {5, 6, 7}, "answers are in the second text"
+    assert (np.diff(questions["spans"]) >= 0).all()
     other = synthetic_batch(RowSpec("packed", 6, prefix=(4,), suffix=(5,)), 3, VOCAB, 1)
     assert (other["tokens"] != packed["tokens"]).any()
 
