@@ -44,7 +44,7 @@ def write_data(config: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]
 
 def main() -> None:
     """Of the configs given, or of all."""
-    for config in map(pathlib.Path, sys.argv[1:] or sorted(CONFIGS.glob("*.yaml"))):
+    for config in [pathlib.Path(name) for name in sys.argv[1:]] or sorted(CONFIGS.glob("*.yaml")):
         for path in write_data(config, pathlib.Path()):
             print(path)
 
