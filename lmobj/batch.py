@@ -17,6 +17,7 @@ and on request, where examples have them:
 
     labels        [B]    int32   class of the example
     scores        [B]    float32 number that labels the example
+    label_sets    [B, C] float32 1 for each class that the example belongs to, else 0
     tags          [B, L] int32   class of the token, NO_TAG where it has none
     spans         [B, 2] int32   positions of two tokens: the first and last of an answer
 """
@@ -46,8 +47,8 @@ __all__ = [
 ]
 
 Batch = dict[str, Array]
-LABEL_FIELDS = {"labels": "int32", "scores": "float32"}
-"""Fields of a RowSpec that are stored with documents, one per row, and their types."""
+LABEL_FIELDS = ("labels", "scores", "label_sets")
+"""Fields of a RowSpec that are stored with documents, one per row."""
 NO_TAG = -1
 """In `tags`: a token that has none."""
 Layout = Literal["packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions"]
@@ -108,7 +109,7 @@ class RowSpec:
       For `pairs`, `examples` and `questions` the prefix opens the row and the suffix closes both A and B; for
       `stream_pairs` the suffix is (SEP, CLS), of which SEP closes A and both close B.
     fields: further arrays wanted: `word_starts`, `token_bytes`, and where examples have them `labels`, `scores`,
-      `tags`, `spans`.
+      `label_sets`, `tags`, `spans`.
     pairing: of `pairs`; what label 1 means: `next_sentence`: B is from another document (BERT); `sentence_order`: A
       and B are swapped (ALBERT).
     short_rate: of `pairs`; share of rows that are made shorter than `length`, by a length drawn evenly (BERT: 0.1).
@@ -116,6 +117,7 @@ class RowSpec:
     bidirectional: of `stream` and `stream_pairs`; the second half of a source's streams reads its text backwards.
     source: name of the source that the rows come from, where the data is a mixture of some; None: from all of them.
     two_texts: of `examples`; every document must be a pair of texts.
+    classes: of `label_sets`; how many classes there are, C.
     """
 
     layout: Layout
@@ -129,6 +131,7 @@ class RowSpec:
     bidirectional: bool = False
     two_texts: bool = False
     source: str | None = None
+    classes: int = 0
 
 
 class RowArray(NamedTuple):
@@ -154,7 +157,9 @@ def row_arrays(spec: RowSpec) -> dict[str, RowArray]:
         "token_bytes": RowArray("int32", token),
         "tags": RowArray("int32", token),
         "spans": RowArray("int32", (2,)),
-        **{name: RowArray(dtype, ()) for name, dtype in LABEL_FIELDS.items()},
+        "labels": RowArray("int32", ()),
+        "scores": RowArray("float32", ()),
+        "label_sets": RowArray("float32", (spec.classes,)),
     }
     return arrays | {name: asked[name] for name in spec.fields}
 

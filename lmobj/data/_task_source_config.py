@@ -34,8 +34,8 @@ class ConllFiles:
     files: tuple[str, ...] = ()
     """Paths, glob patterns (`**` crosses folders) or fsspec URLs; each must match at least one file."""
     lines: Literal["words", "sentences"] = "words"
-    """What stands on a line: `words`: a word and its tag, in columns, with blank lines between sentences; `sentences`: all
-    words with spaces between, a tab, and their tags with spaces between."""
+    """What stands on a line: `words`: a word and its tag, in columns, with blank lines between sentences; `sentences`:
+    all words with spaces between, a tab, and their tags with spaces between."""
     word_column: int = 0
     """Of lines of words: the word's column, counted from 0, or from the end below 0."""
     tag_column: int = -1

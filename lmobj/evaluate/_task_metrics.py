@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lmobj.evaluate._answer_report import EXTRACTIVE_QA
+from lmobj.evaluate._label_report import MULTI_LABEL
 from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
 from lmobj.evaluate._tag_report import TOKEN_CLASSIFICATION
 from lmobj.evaluate._task_report import TaskKind, TaskReport
@@ -21,6 +22,7 @@ __all__ = ["TASKS", "TASK_METRICS", "task_metrics", "task_report"]
 TASKS: dict[Task, TaskKind] = {
     "classification": CLASSIFICATION,
     "extractive_qa": EXTRACTIVE_QA,
+    "multi_label": MULTI_LABEL,
     "regression": REGRESSION,
     "token_classification": TOKEN_CLASSIFICATION,
 }

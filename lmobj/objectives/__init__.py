@@ -6,6 +6,7 @@ from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._mixture import Member, Mixture
+from lmobj.objectives._multi_label import MultiLabel
 from lmobj.objectives._objective import (
     Context,
     Example,
@@ -44,6 +45,7 @@ __all__ = [
     "Metric",
     "Mixture",
     "Models",
+    "MultiLabel",
     "NextSentencePrediction",
     "Objective",
     "ObjectiveConfig",

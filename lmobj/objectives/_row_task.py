@@ -32,8 +32,8 @@ class RowTask(Objective):
     from the first token, a causal model from the last, as GPT does (Radford et al. 2018, section 3.2).
     """
 
-    FIELD: ClassVar[Literal["labels", "scores"]]
-    """What the rows are labelled with."""
+    FIELD: ClassVar[str]
+    """What the rows are labelled with, of `lmobj.batch.LABEL_FIELDS`."""
 
     roles: ClassVar[Mapping[str, Role]] = {"model": Role.TRAINABLE, "heads": Role.TRAINABLE}
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -82,7 +82,7 @@ class RowTask(Objective):
         last = jnp.maximum(jnp.sum(segments > 0, axis=1) - 1, 0)
         return Example(
             inputs=batch["tokens"],
-            targets=labels[:, None],
+            targets=labels.reshape(len(labels), -1),
             weights=row_weights(batch)[:, None],
             mask=(masks.causal() if self.causal else masks.bidirectional()).packed(segments),
             positions=batch["positions"],

@@ -5,12 +5,13 @@ A row is full and holds one document or one pair of texts, so that what peers wi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmobj.batch import LABEL_FIELDS, RowSpec, Vocabulary
+from lmobj.batch import LABEL_FIELDS, RowSpec, Vocabulary, row_arrays
 
 __all__ = ["synthetic_batch"]
 
@@ -43,7 +44,9 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
         batch["backward"] = np.arange(rows) >= rows // 2
     for name in spec.fields:
         if name in LABEL_FIELDS:  # two classes, which every objective with classes has
-            batch[name] = (np.arange(rows) % 2).astype(LABEL_FIELDS[name])
+            label = row_arrays(spec)[name]
+            every = np.arange(rows * math.prod(label.shape)) % 2
+            batch[name] = every.reshape(rows, *label.shape).astype(label.dtype)
         elif name == "word_starts":
             batch[name] = (special >= 0) | (rng.random(shape) < 0.7)
         else:

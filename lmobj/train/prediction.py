@@ -36,8 +36,8 @@ def predict(trained: TrainedRun, inputs: Sequence[str], output: Path, *, quiet: 
     Args:
       trained: a run of a task on whole rows.
       inputs: files as the run's `data.source` reads them, but for labels, which need not be there.
-      output: a file that does not exist yet. Its lines have `text` (and `pair`), and `label` with `probabilities` by
-        the names of the classes, or `score`.
+      output: a file that does not exist yet. Its lines have `text` (and `pair`), and `label` (or `labels`, those from
+        a probability of 1/2 on) with `probabilities` by the names of the classes, or `score`.
       quiet: no progress bar.
 
     Raises:
@@ -48,7 +48,7 @@ def predict(trained: TrainedRun, inputs: Sequence[str], output: Path, *, quiet: 
         name = getattr(run.objective, "name", type(run.objective).__name__)
         raise UserError(
             f"the objective of this run is {name}, which says nothing about whole texts; accepted: a run of "
-            "classification or regression."
+            "classification, multi_label or regression."
         )
     if os.path.lexists(output):
         raise UserError(f"--output is {str(output)!r}, which exists already; accepted: the path of a new file.")
@@ -94,7 +94,12 @@ def _lines(trained: TrainedRun, texts: Sequence[Text]) -> Iterator[dict[str, Any
     outputs = jax.device_get(run.eval_step(trained.state, _batch(trained, texts))[2])
     for index, (text, pair) in enumerate(texts):
         line: dict[str, Any] = {"text": text} if pair is None else {"text": text, "pair": pair}
-        if "logits" in outputs:
+        if run.objective.task == "multi_label":
+            logits = outputs["logits"][index].astype(np.float64)
+            p, told = 1 / (1 + np.exp(-logits)), logits >= 0
+            each = {name: round(float(x), _DIGITS) for name, x in zip(run.dataset.classes, p, strict=True)}
+            yield {**line, "labels": [name for name, one in zip(each, told, strict=True) if one], "probabilities": each}
+        elif "logits" in outputs:
             p = _softmax(outputs["logits"][index])
             names = run.dataset.classes
             each = {name: round(float(x), _DIGITS) for name, x in zip(names, p, strict=True)}

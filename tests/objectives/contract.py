@@ -129,6 +129,9 @@ def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
     labels = np.random.default_rng([seed, 2]).integers(0, 2, first_row + rows)[first_row:]
     batch |= {"pair_labels": labels.astype(np.int32), "labels": labels.astype(np.int32)}
     batch["scores"] = 1.5 * labels.astype(np.float32) - 0.5
+    batch["label_sets"] = np.stack(
+        [labels, np.arange(first_row, first_row + rows) % 2, 0 * labels], 1, dtype=np.float32
+    )
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
@@ -264,6 +267,13 @@ CASES: dict[str, Case] = {
     ),
     "classification": Case(
         objectives.Classification(class_weights=(1.0, 2.5), label_smoothing=0.1),
+        {"model": ENCODER},
+        make=make_pairs,
+        packed=False,
+        unused=("['head']",),
+    ),
+    "multi_label": Case(
+        objectives.MultiLabel(classes=3, class_weights=(1.0, 2.5, 0.5)),
         {"model": ENCODER},
         make=make_pairs,
         packed=False,
