@@ -57,6 +57,8 @@ EXPECTED = {
     "classification": Expected("accuracy", above=0.9),
     # Of four topics each text has 1.4 at a mean, 0 to 3 and most often one.
     "multi_label": Expected("micro_f1", above=0.9),
+    # Four choices.
+    "multiple_choice": Expected("accuracy", above=0.9),
     "regression": Expected("mse", below=0.15),  # a tenth of the variance, 6/4
     "mixture": Expected("lm/nll", below=6.264),
     "next_sentence": Expected("nll", below=6.264),

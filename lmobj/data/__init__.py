@@ -27,7 +27,7 @@ from lmobj.data._source_config import (
     TfdsSource,
     WeightedSource,
 )
-from lmobj.data._task_source_config import ConllFiles, SquadFiles, TaggedSubwords, TagScheme, TaskSource
+from lmobj.data._task_source_config import ChoiceFiles, ConllFiles, SquadFiles, TaggedSubwords, TagScheme, TaskSource
 from lmobj.data._text_rows import TextRows, text_rows
 from lmobj.data._tokenizer import Tokenizer, train_tokenizer
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lmobj.data._sources import open_corpus
 
 __all__ = [
+    "ChoiceFiles",
     "CleaningConfig",
     "ConllFiles",
     "DataConfig",

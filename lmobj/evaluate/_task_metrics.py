@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lmobj.evaluate._answer_report import EXTRACTIVE_QA
+from lmobj.evaluate._choice_report import MULTIPLE_CHOICE
 from lmobj.evaluate._label_report import MULTI_LABEL
 from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
 from lmobj.evaluate._tag_report import TOKEN_CLASSIFICATION
@@ -23,6 +24,7 @@ TASKS: dict[Task, TaskKind] = {
     "classification": CLASSIFICATION,
     "extractive_qa": EXTRACTIVE_QA,
     "multi_label": MULTI_LABEL,
+    "multiple_choice": MULTIPLE_CHOICE,
     "regression": REGRESSION,
     "token_classification": TOKEN_CLASSIFICATION,
 }

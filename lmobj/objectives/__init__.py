@@ -7,6 +7,7 @@ from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._mixture import Member, Mixture
 from lmobj.objectives._multi_label import MultiLabel
+from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._objective import (
     Context,
     Example,
@@ -46,6 +47,7 @@ __all__ = [
     "Mixture",
     "Models",
     "MultiLabel",
+    "MultipleChoice",
     "NextSentencePrediction",
     "Objective",
     "ObjectiveConfig",

@@ -7,6 +7,7 @@ from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._multi_label import MultiLabel
+from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._regression import Regression
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
@@ -23,6 +24,7 @@ SingleObjective = (
     | ExtractiveQA
     | MaskedLM
     | MultiLabel
+    | MultipleChoice
     | NextSentencePrediction
     | PermutationLM
     | Regression

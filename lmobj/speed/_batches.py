@@ -1,17 +1,19 @@
 """Rows of random tokens in the shape that an objective reads, with the special tokens that rows of text would have.
 
-A row is full and holds one document or one pair of texts, so that what peers without packed rows compute is the same.
+A row is full and holds one document or one pair of texts, so that what peers without packed rows compute is the same;
+or a pair of texts for each of several choices.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmobj.batch import LABEL_FIELDS, RowSpec, Vocabulary, row_arrays
+from lmobj.batch import LABEL_FIELDS, NO_TAG, RowSpec, Vocabulary, row_arrays
 
 __all__ = ["synthetic_batch"]
 
@@ -28,38 +30,46 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
     rng = np.random.default_rng(index)
     ordinary = np.setdiff1d(np.arange(vocab.size), vocab.special_ids)
     shape = (rows, spec.length)
-    special, types = _template(spec)
+    special, types, segments = _template(spec)
+    begins = np.flatnonzero(np.diff(segments, prepend=0))
     drawn = rng.choice(ordinary, shape)
-    batch: dict[str, NDArray[Any]] = {
-        "tokens": np.where(special < 0, drawn, special).astype(np.int32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.tile(np.arange(spec.length, dtype=np.int32), (rows, 1)),
-        "row_ids": np.stack([np.full(rows, index), np.arange(rows)], axis=1).astype(np.int32),
+    text = np.broadcast_to(special < 0, shape)
+    last_text = np.flatnonzero((special < 0) & (types == types[special < 0].max()))
+    values: dict[str, Any] = {
+        "tokens": np.where(text, drawn, special),
+        "segment_ids": np.tile(segments, (rows, 1)),
+        "positions": np.tile(np.arange(spec.length) - begins[segments - 1], (rows, 1)),
+        "row_ids": np.stack([np.full(rows, index), np.arange(rows)], axis=1),
+        "token_types": np.tile(types, (rows, 1)),
+        "backward": np.arange(rows) >= rows // 2,
+        "word_starts": ~text | (rng.random(shape) < 0.7),
+        "token_bytes": np.where(text, rng.integers(1, 7, shape), 0),
+        "tags": np.where(text, drawn % 2, NO_TAG),
+        "spans": np.sort(rng.choice(last_text, (rows, 2)), axis=1),
     }
-    if spec.layout in ("pairs", "examples", "stream_pairs"):
-        batch["token_types"] = np.tile(types, (rows, 1))
-    if spec.layout in ("pairs", "stream_pairs"):
-        batch["pair_labels"] = (np.arange(rows) % 2).astype(np.int32)
-    if spec.bidirectional:
-        batch["backward"] = np.arange(rows) >= rows // 2
-    for name in spec.fields:
-        if name in LABEL_FIELDS:  # two classes, which every objective with classes has
-            label = row_arrays(spec)[name]
-            every = np.arange(rows * math.prod(label.shape)) % 2
-            batch[name] = every.reshape(rows, *label.shape).astype(label.dtype)
-        elif name == "word_starts":
-            batch[name] = (special >= 0) | (rng.random(shape) < 0.7)
-        else:
-            assert name == "token_bytes", name
-            batch[name] = np.where(special < 0, rng.integers(1, 7, shape), 0).astype(np.int32)
-    return batch
+    arrays = row_arrays(spec)
+    for name in ("pair_labels", *LABEL_FIELDS):  # two classes, which every objective with classes has
+        if name in arrays:
+            shape = (rows, *arrays[name].shape)
+            values[name] = np.arange(math.prod(shape)).reshape(shape) % 2
+    return {name: values[name].astype(array.dtype) for name, array in arrays.items()}
 
 
-def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Of one row: the special id of each place, or -1 for text; and token types."""
+def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Of one row: the special id of each place, or -1 for text; token types; and segments."""
+    if spec.layout == "choices":
+        share, more = divmod(spec.length, spec.classes)
+        lengths = [share] * (spec.classes - 1) + [share + more]
+        parts = [_one_segment(dataclasses.replace(spec, layout="pairs", length=length)) for length in lengths]
+        special, types = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return special, types, np.repeat(np.arange(1, spec.classes + 1, dtype=np.int32), lengths)
+    return *_one_segment(spec), np.ones(spec.length, np.int32)
+
+
+def _one_segment(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     prefix, suffix, length = list(spec.prefix), list(spec.suffix), spec.length
     types = np.zeros(length, np.int32)
-    if spec.layout in ("packed", "single", "stream"):
+    if spec.layout in ("packed", "single", "stream", "tagged"):
         inside = [-1] * (length - len(prefix) - len(suffix))
         return np.array(prefix + inside + suffix, np.int32), types
     if spec.layout == "stream_pairs":

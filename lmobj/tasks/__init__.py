@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lmobj.tasks._choice_examples import ChoiceExamples, ChoiceReference
 from lmobj.tasks._choices import MultipleChoice, read_multiple_choice
 from lmobj.tasks._example_dataset import ExampleDataset, ExampleRows, Kind
 from lmobj.tasks._prepare import AnyDataset, prepare_any
@@ -17,6 +18,8 @@ from lmobj.tasks._tagged_examples import TaggedExamples, TagReference
 __all__ = [
     "AnyDataset",
     "AskedQuestion",
+    "ChoiceExamples",
+    "ChoiceReference",
     "Entity",
     "ExampleDataset",
     "ExampleRows",

@@ -49,6 +49,8 @@ class ExampleRows(NamedTuple):
     """Rows first, with the names of `lmobj.batch` but for `row_ids`."""
     reference: Any
     """What the model's answers are compared with, and what turns outputs of rows into answers."""
+    notes: tuple[str, ...] = ()
+    """What the person should know of them: what did not fit. Sentences."""
 
 
 class Kind(abc.ABC, Generic[E]):

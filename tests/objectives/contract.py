@@ -135,6 +135,25 @@ def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
+def make_choices(rows: int = BATCH, *, first_row: int = 0) -> Batch:
+    """Two or three segments [CLS] context [SEP] choice [SEP], most with padding; row r is the same in every batch."""
+    names = ("tokens", "segment_ids", "positions", "token_types")
+    batch: dict[str, Any] = {name: np.zeros((rows, LENGTH), np.int32) for name in names}
+    for row in range(rows):
+        rng = np.random.default_rng([4, first_row + row])
+        end = 0
+        for segment in range(1, 3 + rng.integers(0, 2)):
+            start, context, choice = end, int(rng.integers(0, 2)), int(rng.integers(1, 2))
+            middle, end = start + 2 + context, start + 3 + context + choice
+            batch["tokens"][row, start:end] = rng.integers(7, VOCAB.size, end - start)
+            batch["tokens"][row, [start, middle - 1, end - 1]] = VOCAB.cls, VOCAB.sep, VOCAB.sep
+            batch["segment_ids"][row, start:end], batch["positions"][row, start:end] = segment, np.arange(end - start)
+            batch["token_types"][row, middle:end] = 1
+    place = np.arange(first_row, first_row + rows, dtype=np.int32)
+    batch |= {"labels": place % 2, "row_ids": np.stack([0 * place, place], 1)}
+    return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
 def make_streams(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
     """[half a row | A SEP B SEP CLS] as permutation LM reads it, every second row backwards; some end in padding."""
     batch = {name: np.array(x) for name, x in make_pairs(seed, rows, length, first_row=first_row).items()}
@@ -276,6 +295,13 @@ CASES: dict[str, Case] = {
         objectives.MultiLabel(classes=3, class_weights=(1.0, 2.5, 0.5)),
         {"model": ENCODER},
         make=make_pairs,
+        packed=False,
+        unused=("['head']",),
+    ),
+    "multiple_choice": Case(
+        objectives.MultipleChoice(choices=3),
+        {"model": ENCODER},
+        make=make_choices,
         packed=False,
         unused=("['head']",),
     ),
