@@ -19,7 +19,8 @@ and on request, where examples have them:
     scores        [B]    float32 number that labels the example
     label_sets    [B, C] float32 1 for each class that the example belongs to, else 0
     tags          [B, L] int32   class of the token, NO_TAG where it has none
-    spans         [B, 2] int32   positions of two tokens: the first and last of an answer
+    spans         [B, 2] int32   positions of two tokens: the first and last of an answer, or those that open the marked
+                                 entities, head and tail
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ LABEL_FIELDS = ("labels", "scores", "label_sets")
 """Fields of a RowSpec that are stored with documents, one per row."""
 NO_TAG = -1
 """In `tags`: a token that has none."""
-Layout = Literal["packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions", "choices"]
+Layout = Literal[
+    "packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions", "choices", "relations"
+]
 Pairing = Literal["next_sentence", "sentence_order"]
 
 
@@ -104,7 +107,8 @@ class RowSpec:
       text or a pair of texts, cut to fit; `stream_pairs`: a stream whose rows are `reuse` tokens of the text, then two
       stretches A and B of what follows, of which the next row's `reuse` tokens are the first (XLNet); `tagged`: one
       sentence of tagged words per row, cut to fit; `questions`: a question and a window of its context per row;
-      `choices`: a context before each of at most `classes` choices per row, as segments 1, 2, ...
+      `choices`: a context before each of at most `classes` choices per row, as segments 1, 2, ...; `relations`: a text
+      with two marked entities per row, cut to a window that holds both.
     length: raw tokens in a row, special tokens included.
     prefix, suffix: special ids put before and after each document (`packed`, `stream`) or each piece (`single`).
       For `pairs`, `examples` and `questions` the prefix opens the row and the suffix closes both A and B, and so

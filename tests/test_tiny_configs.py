@@ -59,6 +59,8 @@ EXPECTED = {
     "multi_label": Expected("micro_f1", above=0.9),
     # Four choices.
     "multiple_choice": Expected("accuracy", above=0.9),
+    # Half of the texts say something, of either direction as often.
+    "relation": Expected("micro_f1", above=0.9),
     "regression": Expected("mse", below=0.15),  # a tenth of the variance, 6/4
     "mixture": Expected("lm/nll", below=6.264),
     "next_sentence": Expected("nll", below=6.264),

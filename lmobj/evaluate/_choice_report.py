@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lmobj.evaluate._row_reports import right_answers
 from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
 from lmobj.tasks import ChoiceReference
 
@@ -57,10 +58,6 @@ def _without_reading(trained: ChoiceReference, held_out: ChoiceReference) -> dic
     }
 
 
-def _right(records: Sequence[Record]) -> ExampleScores:
-    return ExampleScores(np.array([one["target"] == one["prediction"] for one in records], np.float64))
-
-
 def _nll(records: Sequence[Record]) -> ExampleScores:
     from scipy.special import log_softmax
 
@@ -68,5 +65,5 @@ def _nll(records: Sequence[Record]) -> ExampleScores:
 
 
 MULTIPLE_CHOICE = TaskKind(
-    figures=(), report=_report, baselines=_without_reading, scores={"accuracy": _right, "nll": _nll}
+    figures=(), report=_report, baselines=_without_reading, scores={"accuracy": right_answers, "nll": _nll}
 )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmobj.evaluate._class_scores import average_precisions, score_labels
+from lmobj.evaluate._row_reports import right_answers
 from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
 
 __all__ = ["MULTI_LABEL"]
@@ -74,10 +75,6 @@ def _most_frequent_set(trained: NDArray, held_out: NDArray) -> dict[str, dict[st
     return {"most frequent set of labels": figures}
 
 
-def _exact(records: Sequence[Record]) -> ExampleScores:
-    return ExampleScores(np.array([one["target"] == one["prediction"] for one in records], np.float64))
-
-
 def _truth(records: Sequence[Record], key: str) -> NDArray[np.bool_]:
     """[N, C]: whether each label is among those of the key."""
     names = list(records[0]["probabilities"])
@@ -111,5 +108,5 @@ MULTI_LABEL = TaskKind(
     figures=("micro_f1", "macro_f1", "mean_average_precision"),
     report=_report,
     baselines=_most_frequent_set,
-    scores={"bce": _bce, "exact_match": _exact, "macro_f1": _macro_f1, "micro_f1": _micro_f1},
+    scores={"bce": _bce, "exact_match": right_answers, "macro_f1": _macro_f1, "micro_f1": _micro_f1},
 )

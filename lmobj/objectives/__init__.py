@@ -26,6 +26,7 @@ from lmobj.objectives._objective import (
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._registry import REGISTRY, ObjectiveConfig
 from lmobj.objectives._regression import Regression
+from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
@@ -54,6 +55,7 @@ __all__ = [
     "ObjectiveState",
     "PermutationLM",
     "Regression",
+    "RelationClassification",
     "ReplacedTokenDetection",
     "Role",
     "Routed",

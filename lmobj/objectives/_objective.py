@@ -42,7 +42,13 @@ Rows = RowSpec | Mapping[str, RowSpec]
 
 Judge = Literal["loss", "bits_per_byte", "top5_accuracy", "accuracy", "mse", "entity_f1", "f1", "micro_f1"]
 Task = Literal[
-    "classification", "regression", "multi_label", "multiple_choice", "token_classification", "extractive_qa"
+    "classification",
+    "regression",
+    "multi_label",
+    "multiple_choice",
+    "relation",
+    "token_classification",
+    "extractive_qa",
 ]
 
 Metric = tuple[Array, Array]

@@ -10,6 +10,7 @@ from lmobj.objectives._multi_label import MultiLabel
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._regression import Regression
+from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from lmobj.objectives._span_boundary import SpanBoundary
@@ -28,6 +29,7 @@ SingleObjective = (
     | NextSentencePrediction
     | PermutationLM
     | Regression
+    | RelationClassification
     | ReplacedTokenDetection
     | SentenceOrderPrediction
     | SpanBoundary

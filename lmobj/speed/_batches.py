@@ -69,7 +69,7 @@ def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32], NDAr
 def _one_segment(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     prefix, suffix, length = list(spec.prefix), list(spec.suffix), spec.length
     types = np.zeros(length, np.int32)
-    if spec.layout in ("packed", "single", "stream", "tagged"):
+    if spec.layout in ("packed", "single", "stream", "tagged", "relations"):
         inside = [-1] * (length - len(prefix) - len(suffix))
         return np.array(prefix + inside + suffix, np.int32), types
     if spec.layout == "stream_pairs":

@@ -154,6 +154,15 @@ def make_choices(rows: int = BATCH, *, first_row: int = 0) -> Batch:
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
+def make_relations(**rows: int) -> Batch:
+    """[CLS] text [SEP] with two marked places, either first; most with padding; row r is the same in every batch."""
+    batch = make_pairs(**rows)
+    place = batch["row_ids"][:, 1]
+    spans = jnp.stack([1 + place % 5, 1 + (3 * place + 2) % 7], axis=1).astype(jnp.int32)
+    names = ("tokens", "segment_ids", "positions", "row_ids", "labels")
+    return {name: batch[name] for name in names} | {"spans": spans}
+
+
 def make_streams(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
     """[half a row | A SEP B SEP CLS] as permutation LM reads it, every second row backwards; some end in padding."""
     batch = {name: np.array(x) for name, x in make_pairs(seed, rows, length, first_row=first_row).items()}
@@ -304,6 +313,13 @@ CASES: dict[str, Case] = {
         make=make_choices,
         packed=False,
         unused=("['head']",),
+    ),
+    "relation": Case(
+        objectives.RelationClassification(),
+        {"model": ENCODER},
+        make=make_relations,
+        packed=False,
+        unused=("['head']", "token_types"),
     ),
     "regression": Case(
         objectives.Regression(attention="causal", pooling="mean"),
