@@ -98,7 +98,7 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
     ("text", "overrides", "parts"),
     [
         ("objective: {name: causal_lm}", [], ["model is missing", "decoder, electra, encoder, gru, xlnet"]),
-        ("model: {name: gru}", [], ["objective is missing", "causal_lm, classification, masked_lm"]),
+        ("model: {name: gru}", [], ["objective is missing", "causal_lm, classification, extractive_qa, masked_lm"]),
         (
             _MINIMAL + "trian: {steps: 1}",
             [],
@@ -136,6 +136,7 @@ def test_dump_round_trips_and_pydantic_agrees(write: Write, key: str, name: str)
         "jsonl": files,
         "parquet": files,
         "tsv": files,
+        **dict.fromkeys(("choices", "conll", "relations", "squad"), files),
         "tfds": [f"{key}.builder=mine"],
         "mixture": mixture,
     }

@@ -36,7 +36,7 @@ _SIDEWAYS = {("train", "evaluate"), ("__main__", "cli"), ("config", "_settings")
              ("bench", "_settings"), ("speed", "config")}  # fmt: skip
 """Which rooms of one floor may import one another, from the fourth up; below, a floor is free within itself."""
 
-_ONLY = {"adapt": {"batch", "errors", "masks", "models", "noise", "partition"}, "tasks": {"data", "errors"}}
+_ONLY = {"adapt": {"batch", "errors", "masks", "models", "noise", "partition"}, "tasks": {"batch", "data", "errors"}}
 """Rooms that import less than their floor would let them."""
 
 _FREE = {"", "__version__"}

@@ -50,8 +50,8 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
     arrays = row_arrays(spec)
     for name in ("pair_labels", *LABEL_FIELDS):  # two classes, which every objective with classes has
         if name in arrays:
-            shape = (rows, *arrays[name].shape)
-            values[name] = np.arange(math.prod(shape)).reshape(shape) % 2
+            whole = (rows, *arrays[name].shape)
+            values[name] = np.arange(math.prod(whole)).reshape(whole) % 2
     return {name: values[name].astype(array.dtype) for name, array in arrays.items()}
 
 

@@ -32,8 +32,8 @@ class ChoiceReference:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """[N] the place of the right choice."""
-        return np.array([example.label for example in self.examples], np.int64)
+        """[N] the place of the right choice; 0 where it is not told."""
+        return np.array([example.label or 0 for example in self.examples], np.int64)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class ChoiceExamples(Kind[MultipleChoice]):
                     f"0 to {len(example.choices) - 1}, the place of the right choice."
                 )
             yield example
+
+    def read_unlabelled(self, file: str) -> Iterator[MultipleChoice]:
+        """The same to be predicted: labels need not be there and are not looked at."""
+        return read_multiple_choice(file, context=self.source.context, choices=self.source.choices, label=None)
 
     def texts(self, examples: Sequence[MultipleChoice]) -> Iterable[str]:
         """The contexts, each once, and the choices."""

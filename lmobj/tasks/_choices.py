@@ -31,7 +31,7 @@ class MultipleChoice:
 
 
 def read_multiple_choice(
-    path: str | Path, *, context: str = "context", choices: str = "choices", label: str = "label"
+    path: str | Path, *, context: str = "context", choices: str = "choices", label: str | None = "label"
 ) -> Iterator[MultipleChoice]:
     """The examples of JSON Lines {"context": text, "choices": [text, ...], "label": place from 0}.
 
@@ -39,7 +39,7 @@ def read_multiple_choice(
 
     Args:
       path: the file.
-      context, choices, label: the keys, where they have other names.
+      context, choices, label: the keys, where they have other names; without a key of labels these are not read.
 
     Raises:
       UserError: a file that cannot be read, or a line that is no such object; it names the line.
@@ -51,7 +51,7 @@ def read_multiple_choice(
         if len(found) < 2 or not all(isinstance(choice, str) for choice in found):
             raise UserError(f"{where} has {found!r:.60} under {choices!r}; accepted: a list of two texts or more.")
         place = None
-        if row.get(label) is not None:
+        if label is not None and row.get(label) is not None:
             place = field(where, row, label, int, "a whole number")
             if not 0 <= place < len(found):
                 raise UserError(f"{where} has the label {place}; accepted: 0 to {len(found) - 1}.")

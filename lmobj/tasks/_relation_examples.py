@@ -24,7 +24,7 @@ class RelationReference:
 
     examples: tuple[Relation, ...]
     labels: NDArray[np.int32]
-    """[N] ids of the relations."""
+    """[N] ids of the relations; 0 where it is not told."""
     no_relation: int | None
     """The id of the class that is no relation."""
 
@@ -55,6 +55,10 @@ class RelationExamples(Kind[Relation]):
                     f"data.source: {file}:{example.line} has no 'label'; accepted: the name of a relation there."
                 )
             yield example
+
+    def read_unlabelled(self, file: str) -> Iterator[Relation]:
+        """The same to be predicted: labels need not be there and are not looked at."""
+        return read_relations(file, label=None)
 
     def texts(self, examples: Sequence[Relation]) -> Iterable[str]:
         """The marked texts."""
@@ -92,7 +96,7 @@ class RelationExamples(Kind[Relation]):
         spans, labels = np.zeros((len(examples), 2), np.int32), np.zeros(len(examples), np.int32)
         cut, apart = 0, 0
         for row, example in enumerate(examples):
-            if example.label not in ids:
+            if example.label not in (None, *ids):
                 raise UserError(
                     f"{key}: the example at line {example.line} has the label {example.label!r}, which no training "
                     f"example has; accepted: {', '.join(classes)}."
@@ -104,7 +108,7 @@ class RelationExamples(Kind[Relation]):
             tokens[row, :size] = [*spec.prefix, *marked.tokens[kept], *spec.suffix]
             segments[row, :size], positions[row, :size] = 1, np.arange(size)
             spans[row] = len(spec.prefix) + np.searchsorted(kept, (marked.head, marked.tail))
-            labels[row] = ids[example.label]
+            labels[row] = 0 if example.label is None else ids[example.label]
         arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "labels": labels, "spans": spans}
         none = self.source.no_relation
         reference = RelationReference(tuple(examples), labels, None if none is None else ids[none])

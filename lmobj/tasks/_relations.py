@@ -43,11 +43,15 @@ class MarkedText(NamedTuple):
     tail: Stretch
 
 
-def read_relations(path: str | Path) -> Iterator[Relation]:
+def read_relations(path: str | Path, *, label: str | None = "label") -> Iterator[Relation]:
     """The examples of JSON Lines {"text": text, "head": [start, end], "tail": [start, end], "label": name}.
 
     Starts and ends count characters from 0, the end being the one after the last. Blank lines are none. Without
     `label`, or with null, it is None.
+
+    Args:
+      path: the file.
+      label: the key of the label; without one labels are not read.
 
     Raises:
       UserError: a file that cannot be read, a line that is no such object, or an entity beyond the text or overlapping
@@ -59,8 +63,10 @@ def read_relations(path: str | Path) -> Iterator[Relation]:
         head, tail = (_stretch(where, row, key, text) for key in ("head", "tail"))
         if head[0] < tail[1] and tail[0] < head[1]:
             raise UserError(f"{where} has head {head} and tail {tail}, which overlap; accepted: entities apart.")
-        label = None if row.get("label") is None else field(where, row, "label", str, "the name of a relation")
-        yield Relation(text, head, tail, label, line)
+        name = None
+        if label is not None and row.get(label) is not None:
+            name = field(where, row, label, str, "the name of a relation")
+        yield Relation(text, head, tail, name, line)
 
 
 def mark_entities(

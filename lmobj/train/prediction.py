@@ -44,7 +44,7 @@ def predict(trained: TrainedRun, inputs: Sequence[str], output: Path, *, quiet: 
       UserError: a run that trained no such task, an input that cannot be read, or an output that is there already.
     """
     run = trained.assembly
-    if run.objective.task is None:
+    if run.objective.task not in ("classification", "multi_label", "regression"):
         name = getattr(run.objective, "name", type(run.objective).__name__)
         raise UserError(
             f"the objective of this run is {name}, which says nothing about whole texts; accepted: a run of "

@@ -131,3 +131,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
         data.rows(spec(14), batch_size=2)
     with pytest.raises(UserError, match=r"layout 'examples' with labels, and data\.source\.name is 'choices'"):
         data.rows(RowSpec("examples", 64, (4,), (5,), ("labels",)), batch_size=2)
+
+
+def test_examples_to_be_predicted_need_no_label(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "test",
+        [{"context": "a", "choices": ["x", "y"]}, {"context": "b", "choices": ["x", "y"], "label": -1}],
+    )
+    examples = list(ChoiceExamples(SOURCE).read_unlabelled(str(path)))
+    assert examples == [MultipleChoice("a", ("x", "y"), None), MultipleChoice("b", ("x", "y"), None)]
+    assert built(examples, 16).arrays["labels"].tolist() == [0, 0]

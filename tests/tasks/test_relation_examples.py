@@ -140,3 +140,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         data.rows(spec(3), batch_size=2)
     with pytest.raises(UserError, match=r"head_markers is \[' ', '\]'\]; accepted: an opening"):
         RelationFiles(files=("x",), head_markers=(" ", "]"))
+
+
+def test_examples_to_be_predicted_need_no_label(tmp_path: Path) -> None:
+    path = write(tmp_path / "test", [{"text": "a b", "head": [0, 1], "tail": [2, 3], "label": 7}])
+    (example,) = RelationExamples(SOURCE).read_unlabelled(str(path))
+    assert example == Relation("a b", (0, 1), (2, 3), None)
+    found = RelationExamples(SOURCE).rows([example], ["r", "s"], Letters(), spec(16), "--input")  # type: ignore[arg-type]
+    assert found.arrays["labels"].tolist() == [0]
