@@ -6,7 +6,7 @@ A batch is a dict of arrays with standard names, rows first:
     segment_ids   [B, L] int32   0 = padding; 1, 2, ... = the documents packed into a row
     positions     [B, L] int32   position inside the segment, from 0
     row_ids       [B, 2] int32   (source id, example id): the address of a row's randomness
-    token_types   [B, L] int32   pairs, examples, questions and stream_pairs: 0 for text A, 1 for text B
+    token_types   [B, L] int32   pairs, examples, questions, choices and stream_pairs: 0 for text A, 1 for text B
                                  (stream_pairs: 2 for CLS)
     pair_labels   [B]    int32   pairs and stream_pairs: 0 = B follows A, 1 = it does not (`RowSpec.pairing`)
     backward      [B]    bool    bidirectional streams only: the row reads its text from the end
@@ -15,10 +15,12 @@ A batch is a dict of arrays with standard names, rows first:
 
 and on request, where examples have them:
 
-    labels        [B]    int32   class of the example
+    labels        [B]    int32   class of the example, or the place of the right choice from 0
     scores        [B]    float32 number that labels the example
+    label_sets    [B, C] float32 1 for each class that the example belongs to, else 0
     tags          [B, L] int32   class of the token, NO_TAG where it has none
-    spans         [B, 2] int32   positions of two tokens: the first and last of an answer
+    spans         [B, 2] int32   positions of two tokens: the first and last of an answer, or those that open the marked
+                                 entities, head and tail
 """
 
 from __future__ import annotations
@@ -46,11 +48,13 @@ __all__ = [
 ]
 
 Batch = dict[str, Array]
-LABEL_FIELDS = {"labels": "int32", "scores": "float32"}
-"""Fields of a RowSpec that are stored with documents, one per row, and their types."""
+LABEL_FIELDS = ("labels", "scores", "label_sets")
+"""Fields of a RowSpec that are stored with documents, one per row."""
 NO_TAG = -1
 """In `tags`: a token that has none."""
-Layout = Literal["packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions"]
+Layout = Literal[
+    "packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions", "choices", "relations"
+]
 Pairing = Literal["next_sentence", "sentence_order"]
 
 
@@ -102,13 +106,16 @@ class RowSpec:
       continues the same text, so that a carried memory stays with its text; `examples`: one document per row, one
       text or a pair of texts, cut to fit; `stream_pairs`: a stream whose rows are `reuse` tokens of the text, then two
       stretches A and B of what follows, of which the next row's `reuse` tokens are the first (XLNet); `tagged`: one
-      sentence of tagged words per row, cut to fit; `questions`: a question and a window of its context per row.
+      sentence of tagged words per row, cut to fit; `questions`: a question and a window of its context per row;
+      `choices`: a context before each of at most `classes` choices per row, as segments 1, 2, ...; `relations`: a text
+      with two marked entities per row, cut to a window that holds both.
     length: raw tokens in a row, special tokens included.
     prefix, suffix: special ids put before and after each document (`packed`, `stream`) or each piece (`single`).
-      For `pairs`, `examples` and `questions` the prefix opens the row and the suffix closes both A and B; for
-      `stream_pairs` the suffix is (SEP, CLS), of which SEP closes A and both close B.
+      For `pairs`, `examples` and `questions` the prefix opens the row and the suffix closes both A and B, and so
+      for `choices` of each segment; for `stream_pairs` the suffix is (SEP, CLS), of which SEP closes A and both
+      close B.
     fields: further arrays wanted: `word_starts`, `token_bytes`, and where examples have them `labels`, `scores`,
-      `tags`, `spans`.
+      `label_sets`, `tags`, `spans`.
     pairing: of `pairs`; what label 1 means: `next_sentence`: B is from another document (BERT); `sentence_order`: A
       and B are swapped (ALBERT).
     short_rate: of `pairs`; share of rows that are made shorter than `length`, by a length drawn evenly (BERT: 0.1).
@@ -116,6 +123,7 @@ class RowSpec:
     bidirectional: of `stream` and `stream_pairs`; the second half of a source's streams reads its text backwards.
     source: name of the source that the rows come from, where the data is a mixture of some; None: from all of them.
     two_texts: of `examples`; every document must be a pair of texts.
+    classes: of `label_sets` and `choices`; how many there are to tell apart, C.
     """
 
     layout: Layout
@@ -129,6 +137,7 @@ class RowSpec:
     bidirectional: bool = False
     two_texts: bool = False
     source: str | None = None
+    classes: int = 0
 
 
 class RowArray(NamedTuple):
@@ -154,12 +163,14 @@ def row_arrays(spec: RowSpec) -> dict[str, RowArray]:
         "token_bytes": RowArray("int32", token),
         "tags": RowArray("int32", token),
         "spans": RowArray("int32", (2,)),
-        **{name: RowArray(dtype, ()) for name, dtype in LABEL_FIELDS.items()},
+        "labels": RowArray("int32", ()),
+        "scores": RowArray("float32", ()),
+        "label_sets": RowArray("float32", (spec.classes,)),
     }
     return arrays | {name: asked[name] for name in spec.fields}
 
 
-_TYPED_LAYOUTS = ("pairs", "examples", "stream_pairs", "questions")
+_TYPED_LAYOUTS = ("pairs", "examples", "stream_pairs", "questions", "choices")
 """Rows of two texts, or with room for two."""
 
 

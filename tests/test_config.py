@@ -132,7 +132,7 @@ def test_dump_round_trips_and_pydantic_agrees(write: Write, key: str, name: str)
     files = [f"{key}.files=['*.txt', '1e-4', 'on']"]
     mixture = [f"{key}.sources={{part: {{source: {{name: stdlib}}}}}}"]
     extras = {
-        **dict.fromkeys(("text", "jsonl", "parquet", "tsv", "conll", "squad"), files),
+        **dict.fromkeys(("text", "jsonl", "parquet", "tsv", "choices", "conll", "relations", "squad"), files),
         "tfds": [f"{key}.builder=mine"],
         "mixture": mixture,
     }

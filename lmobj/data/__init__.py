@@ -27,7 +27,15 @@ from lmobj.data._source_config import (
     TfdsSource,
     WeightedSource,
 )
-from lmobj.data._task_source_config import ConllFiles, SquadFiles, TaggedSubwords, TagScheme, TaskSource
+from lmobj.data._task_source_config import (
+    ChoiceFiles,
+    ConllFiles,
+    RelationFiles,
+    SquadFiles,
+    TaggedSubwords,
+    TagScheme,
+    TaskSource,
+)
 from lmobj.data._text_rows import TextRows, text_rows
 from lmobj.data._tokenizer import Tokenizer, train_tokenizer
 
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
     from lmobj.data._sources import open_corpus
 
 __all__ = [
+    "ChoiceFiles",
     "CleaningConfig",
     "ConllFiles",
     "DataConfig",
@@ -53,6 +62,7 @@ __all__ = [
     "MixtureSource",
     "NearDuplicates",
     "ParquetFiles",
+    "RelationFiles",
     "Rows",
     "SegmentationConfig",
     "SentencePieceConfig",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lmobj.batch import LABEL_FIELDS, RowSpec, Vocabulary
 from lmobj.data._document_rows import DocumentRows, RowSource
 from lmobj.data._epochs import Epochs
+from lmobj.data._label_sets import LabelSets
 from lmobj.data._mixture import PERIOD, InOrder, Mixture
 from lmobj.data._prepared import SPLITS, Prepared
 from lmobj.data._rows import HostBatch, Indices, Rows
@@ -27,7 +28,7 @@ from lmobj.errors import UserError
 __all__ = ["SPLITS", "Dataset"]
 
 _FIELDS = ("word_starts", "token_bytes", *LABEL_FIELDS)
-_LABEL_KINDS = {"labels": "class", "scores": "number"}
+_LABEL_KINDS = {"labels": "class", "scores": "number", "label_sets": "classes"}
 """The `label_kind` of each."""
 
 
@@ -164,10 +165,11 @@ class Dataset:
         return DocumentRows(sources, in_order if once else order, self.tokenizer, spec, batch_size=batch_size)
 
     def reference(self, spec: RowSpec, split: str) -> NDArray:
-        """What answers are compared with: the label of every document of a split that rows of `spec` read, [N]."""
+        """What answers are compared with: the label of every document of a split that rows of `spec` read, [N] or of
+        sets of classes [N, C]."""
         names = list(self._sources) if spec.source is None else [spec.source]
         found = [self._labels(name, spec, split) for name in names]
-        return np.concatenate([labels for labels in found if labels is not None])
+        return np.concatenate([labels[np.arange(len(labels))] for labels in found if labels is not None])
 
     def notes(self, spec: RowSpec, split: str) -> tuple[str, ...]:
         """What the person should know of the rows of a split; of texts there is nothing to say."""
@@ -239,20 +241,22 @@ class Dataset:
             raise UserError(f"{_key(name)}: {error}") from error
         return RowSource(list(self._sources).index(name), epochs, self._labels(name, spec, split))
 
-    def _labels(self, name: str, spec: RowSpec, split: str) -> NDArray | None:
+    def _labels(self, name: str, spec: RowSpec, split: str) -> NDArray | LabelSets | None:
         """The labels that `spec` asks for. Ids of classes are those of `classes_of` the sources that it reads."""
         source, store = self._prepared(name, split)
-        labels = store.labels
-        for field, dtype in LABEL_FIELDS.items():
+        for field, kind in _LABEL_KINDS.items():
             if field not in spec.fields:
                 continue
-            if labels is None or labels.dtype != dtype:
+            labels = store.labels
+            if labels is None or source.label_kind != kind:
                 raise UserError(
                     f"the objective reads {field} of its examples, which the data of {_key(name)} do not have; "
                     f"accepted: a source of records with {_key(name)}.label: COLUMN and .label_kind: "
-                    f"{_LABEL_KINDS[field]}."
+                    f"{kind}."
                 )
             classes = self.classes_of(spec.source)
+            if field == "label_sets":
+                return LabelSets(labels, source.label_names, classes)
             ids = np.array([classes.index(own) for own in source.classes], np.int32)
             return ids[labels] if field == "labels" else labels
         return None

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lmobj.batch import LABEL_FIELDS, RowSpec
+from lmobj.batch import LABEL_FIELDS, RowSpec, row_arrays
 from lmobj.data._epochs import Epochs
+from lmobj.data._label_sets import LabelSets
 from lmobj.data._mixture import InOrder, Mixture
 from lmobj.data._plan import Fragments, Ints, ragged
 from lmobj.data._rows import HostBatch, Rows, row_number
@@ -26,8 +27,8 @@ class RowSource:
     """The source id in `row_ids`."""
     epochs: Epochs
     """Its rows."""
-    labels: NDArray | None = None
-    """[N] label of each document, where the RowSpec asks for it."""
+    labels: NDArray | LabelSets | None = None
+    """The label of each document by its number, where the RowSpec asks for it."""
 
 
 class DocumentRows(Rows):
@@ -93,9 +94,10 @@ class DocumentRows(Rows):
             batch["word_starts"] = self._word_starts(tokens, segments, found, backward)
         if "token_bytes" in spec.fields:
             batch["token_bytes"] = np.where(segments > 0, self._tokenizer.piece_bytes[tokens], 0).astype(np.int32)
-        for name, dtype in LABEL_FIELDS.items():
+        for name in LABEL_FIELDS:
             if name in spec.fields:
-                batch[name] = _labels(np.zeros(len(rows), dtype), found)
+                label = row_arrays(spec)[name]
+                batch[name] = _labels(np.zeros((len(rows), *label.shape), label.dtype), found)
         return batch
 
     def _word_starts(
@@ -124,7 +126,7 @@ class DocumentRows(Rows):
 
 
 def _labels(values: NDArray, found: list[tuple[RowSource, Fragments]]) -> NDArray:
-    """The label of each row's document written into `values`, [B]; empty rows keep theirs."""
+    """The label of each row's document written into `values`, rows first; empty rows keep theirs."""
     for source, at in found:
         assert source.labels is not None
         values[at.row] = source.labels[at.document]

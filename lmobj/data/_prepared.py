@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lmobj.data._label_sets import names_of_set
 from lmobj.data._parts import digest_file, digest_json
 from lmobj.data._shards import TokenStore, damaged, token_dtype
 from lmobj.data._tokenizer import Tokenizer
@@ -36,10 +37,23 @@ class Prepared:
         return fingerprint
 
     @property
+    def label_kind(self) -> str | None:
+        """What documents are labelled with, as `label_kind` of a source of records says; None: nothing."""
+        label: list[str] | None = self.manifest["settings"]["source"].get("label")
+        return None if label is None else label[1]
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the labels by their ids: of classes, or of sets of them; empty where labels are not stored by id."""
+        names: list[str] = self.manifest.get("classes", [])
+        return names
+
+    @cached_property
     def classes(self) -> list[str]:
-        """Names of the classes by their ids; empty where the source has no such labels."""
-        classes: list[str] = self.manifest.get("classes", [])
-        return classes
+        """Names of the classes, in order; empty where the source has no such labels."""
+        if self.label_kind == "classes":
+            return sorted({name for one in self.label_names for name in names_of_set(one)})
+        return self.label_names
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

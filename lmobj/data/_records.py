@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from lmobj.data._corpus import GROUP_BYTES, Corpus, Document, grouped, unix_lines
 from lmobj.data._inputs import InputFile, Tally, find_inputs, hash_inputs
+from lmobj.data._label_sets import set_name
 from lmobj.data._source_config import JsonLines, ParquetFiles, SeparatedValues, TfdsSource
 from lmobj.errors import UserError
 
@@ -47,11 +48,16 @@ def open_records(source: RecordSource, workers: int, key: str = "data.source") -
 
 
 def _identity(source: RecordSource, inputs: list[str]) -> dict[str, object]:
-    columns = {"text": source.text, "pair": source.pair, "label": source.label and [source.label, source.label_kind]}
+    columns = {"text": source.text, "pair": source.pair, "label": source.label and _label_identity(source)}
     named: dict[str, object] = {name: column for name, column in columns.items() if column is not None}
     if isinstance(source, SeparatedValues):
         named |= {"columns": source.columns, "separator": source.separator, "quotes": source.quotes}
     return {"name": source.name, **named, "errors": source.errors, "inputs": inputs}
+
+
+def _label_identity(source: RecordSource) -> list[str | None]:
+    separator = [source.label_separator] if source.label_kind == "classes" else []
+    return [source.label, source.label_kind, *separator]
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,8 @@ class _Columns:
         label = row[source.label]
         if source.label_kind == "number":
             return None if _is_number(label) else f"{_shown(label)} in the column {source.label!r} instead of a number"
-        if isinstance(label, str):
-            return _text_fault(label, source.label)
-        return None if isinstance(label, bool | int) else _kind_fault(label, source.label, "the name of a class")
+        names = label if source.label_kind == "classes" and isinstance(label, list) else [label]
+        return next(filter(None, (_class_fault(name, source) for name in names)), None)
 
     def document(self, row: Mapping[str, Any]) -> Document | None:
         """The document of a row without fault; None if it is blank."""
@@ -133,8 +138,17 @@ class _Columns:
         if not text.strip() or (pair is not None and not pair.strip()):
             return None
         if label is not None:
-            label = float(label) if source.label_kind == "number" else str(label)
+            label = self.label(label)
         return Document(unix_lines(text), None if pair is None else unix_lines(pair), label)
+
+    def label(self, value: Any) -> str | float:
+        """A label without fault as documents have it: a number, or the name of a class or of a set of classes."""
+        source = self.source
+        if source.label_kind == "number":
+            return float(value)
+        if source.label_kind == "class":
+            return str(value)
+        return set_name(value if isinstance(value, list) else str(value).split(source.label_separator))
 
     def refuse(self, number: int, fault: str) -> None:
         if self.source.errors == "strict":
@@ -331,10 +345,12 @@ def _no_utf8(error: UnicodeDecodeError) -> _Unreadable:
 
 
 def _decoded(value: Any) -> Any:
-    """A value as TFDS gives it (bytes, a NumPy scalar) as Python has it."""
+    """A value as TFDS gives it (bytes, a NumPy scalar or array) as Python has it."""
     if isinstance(value, bytes):
         return value.decode()
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_decoded(one) for one in value] if isinstance(value, list) else value
 
 
 _READERS = {JsonLines: _read_json_lines, SeparatedValues: _read_separated, ParquetFiles: _read_parquet}
@@ -361,6 +377,14 @@ def _text_fault(value: Any, column: str) -> str | None:
     return None
 
 
+def _class_fault(value: Any, source: RecordSource) -> str | None:
+    """What is wrong with the name of a class."""
+    assert source.label is not None
+    if isinstance(value, str):
+        return _text_fault(value, source.label)
+    return None if isinstance(value, bool | int) else _kind_fault(value, source.label, "the name of a class")
+
+
 def _kind_fault(value: Any, column: str, wanted: str) -> str:
     return f"a {_kind(value)} in the column {column!r} instead of {wanted}"
 
@@ -377,7 +401,10 @@ def _wanted(source: RecordSource) -> str:
     wanted = "text" if source.pair is None else "two texts"
     if source.label is None:
         return wanted
-    return f"{wanted} and {'a number' if source.label_kind == 'number' else 'the name of a class'}"
+    return f"{wanted} and {_LABELS[source.label_kind]}"
+
+
+_LABELS = {"class": "the name of a class", "classes": "names of classes", "number": "a number"}
 
 
 def _kind(value: Any) -> str:

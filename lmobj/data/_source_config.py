@@ -70,14 +70,20 @@ class _Columns:
     """Column that holds a second text, which belongs to the first; absent: documents are single texts."""
     label: str | None = None
     """Column that holds the document's label; absent: documents have none."""
-    label_kind: Literal["class", "number"] = "class"
-    """What labels are: names of classes (text, whole numbers, true or false), or numbers to predict."""
+    label_kind: Literal["class", "classes", "number"] = "class"
+    """What labels are: names of classes (text, whole numbers, true or false), any number of them for each document, or
+    numbers to predict."""
+    label_separator: str = ","
+    """Of classes: what stands between their names in a text. A list of names is taken as it is, and an empty text or
+    list is no class."""
     errors: Literal["strict", "skip"] = "strict"
     """Rows without text (or pair, or label) in their columns: `strict` stops and names the first, `skip` leaves them
     out and counts them."""
 
     def __post_init__(self) -> None:
-        check_choice("data.source.label_kind", self.label_kind, ("class", "number"))
+        check_choice("data.source.label_kind", self.label_kind, ("class", "classes", "number"))
+        if not self.label_separator:
+            raise UserError("data.source.label_separator is empty; accepted: one or more characters.")
         check_choice("data.source.errors", self.errors, ("strict", "skip"))
 
     @property

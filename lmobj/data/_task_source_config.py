@@ -9,7 +9,17 @@ from lmobj.batch import Layout
 from lmobj.data._source_config import check_choice, check_files
 from lmobj.errors import UserError
 
-__all__ = ["TASK_SOURCES", "Answers", "ConllFiles", "SquadFiles", "TagScheme", "TaggedSubwords", "TaskSource"]
+__all__ = [
+    "TASK_SOURCES",
+    "Answers",
+    "ChoiceFiles",
+    "ConllFiles",
+    "RelationFiles",
+    "SquadFiles",
+    "TagScheme",
+    "TaggedSubwords",
+    "TaskSource",
+]
 
 TagScheme = Literal["bio", "iob1", "bioes", "bmes"]
 """How tags write entities: see `lmobj.tasks.decode_tags`."""
@@ -105,7 +115,65 @@ class SquadFiles:
             raise UserError(f"data.source.null_threshold is {self.null_threshold}; accepted: a number, or null.")
 
 
-TaskSource = ConllFiles | SquadFiles
+@dataclass(frozen=True)
+class ChoiceFiles:
+    """Contexts with choices of which one is right, in JSON Lines: {context, choices, label}, as SWAG and RACE have it.
+
+    The label is the place of the right choice, counted from 0.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    layout: ClassVar[Layout] = "choices"
+    holds: ClassVar[str] = "contexts with choices"
+
+    name: Literal["choices"] = "choices"
+    """Selects this source."""
+    files: tuple[str, ...] = ()
+    """Paths, glob patterns (`**` crosses folders) or fsspec URLs; each must match at least one file."""
+    context: str = "context"
+    """Key of the text that all choices go on."""
+    choices: str = "choices"
+    """Key of the list of choices, two or more."""
+    label: str = "label"
+    """Key of the place of the right choice."""
+
+    def __post_init__(self) -> None:
+        check_files(self.files)
+
+
+@dataclass(frozen=True)
+class RelationFiles:
+    """Texts with two entities and the relation between them, in JSON Lines: {text, head, tail, label}.
+
+    Head and tail are [start, end] in characters from 0, the end being the one after the last; the label is a name.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    layout: ClassVar[Layout] = "relations"
+    holds: ClassVar[str] = "relations between two entities of a text"
+
+    name: Literal["relations"] = "relations"
+    """Selects this source."""
+    files: tuple[str, ...] = ()
+    """Paths, glob patterns (`**` crosses folders) or fsspec URLs; each must match at least one file."""
+    no_relation: str | None = None
+    """The label that says that there is no relation, which micro and macro F1 leave out (TACRED, SemEval); absent:
+    there is none."""
+    head_markers: tuple[str, str] = ("[E1]", "[/E1]")
+    """What is put before and after the head."""
+    tail_markers: tuple[str, str] = ("[E2]", "[/E2]")
+    """What is put before and after the tail."""
+
+    def __post_init__(self) -> None:
+        check_files(self.files)
+        for key in ("head_markers", "tail_markers"):
+            if not getattr(self, key)[0].strip():
+                raise UserError(
+                    f"data.source.{key} is {list(getattr(self, key))}; accepted: an opening that is no blank."
+                )
+
+
+TaskSource = ConllFiles | SquadFiles | ChoiceFiles | RelationFiles
 
 TASK_SOURCES: dict[Layout, type[TaskSource]] = {kind.layout: kind for kind in get_args(TaskSource)}
 """Each by the rows that it has."""

@@ -18,6 +18,7 @@ __all__ = [
     "ClassScore",
     "MultiLabelScores",
     "RegressionScores",
+    "average_precisions",
     "confusion_matrix",
     "score_classes",
     "score_labels",
@@ -168,6 +169,33 @@ def score_labels(targets: ArrayLike, probabilities: ArrayLike, *, threshold: flo
         macro_f1=float(each.mean()),
         exact=float((truth == predicted).all(1).mean()),
         by_label=tuple(each.tolist()),
+    )
+
+
+def average_precisions(targets: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
+    """[C] average precision of each label over the examples sorted by its score; NaN for a label that none has.
+
+        AP = sum_k (R_k - R_(k-1)) P_k
+
+    with P_k and R_k precision and recall where the k highest scores are taken, examples of equal score together.
+
+    Args:
+      targets: [N, C] 0 or 1.
+      scores: [N, C], of whatever unit.
+
+    Raises:
+      UserError: shapes that differ, or no examples.
+
+    Source: Buckley and Voorhees 2000, "Evaluating Evaluation Measure Stability"; without interpolation.
+    """
+    true, given = _same_shape(targets, scores, 2)
+    from sklearn import metrics
+
+    return np.array(
+        [
+            metrics.average_precision_score(label, score) if label.any() else np.nan
+            for label, score in zip(true.T, given.T, strict=True)
+        ]
     )
 
 

@@ -12,13 +12,13 @@ from lmobj.evaluate._class_scores import ClassReport, score_classes, score_numbe
 from lmobj.evaluate._pictures import ConfusionPicture, ScatterPicture
 from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
 
-__all__ = ["CLASSIFICATION", "REGRESSION"]
+__all__ = ["CLASSIFICATION", "REGRESSION", "classification_report", "label_nll", "right_answers"]
 
 _DIGITS = 6
 """Of probabilities."""
 
 
-def _classification(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: Any) -> TaskReport:
+def classification_report(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: Any) -> TaskReport:
     """Of `logits` [N, C] and `targets` [N, 1]: precision, recall and F1 of every class, and the confusion matrix."""
     targets, logits = outputs["targets"][:, 0], outputs["logits"].astype(np.float64)
     given = np.argmax(logits, axis=-1)
@@ -91,11 +91,13 @@ def _mean(trained: NDArray, held_out: NDArray) -> dict[str, dict[str, float]]:
     return {"mean of the training": {"mse": float(np.mean(np.square(held_out - mean)))}}
 
 
-def _right(records: Sequence[Record]) -> ExampleScores:
+def right_answers(records: Sequence[Record]) -> ExampleScores:
+    """1 where the prediction is the target, else 0."""
     return ExampleScores(np.array([one["target"] == one["prediction"] for one in records], np.float64))
 
 
-def _nll(records: Sequence[Record]) -> ExampleScores:
+def label_nll(records: Sequence[Record]) -> ExampleScores:
+    """-log p of the target's class."""
     from scipy.special import log_softmax
 
     places = [list(one["probabilities"]).index(one["target"]) for one in records]
@@ -154,9 +156,9 @@ def _pearson(records: Sequence[Record]) -> ExampleScores:
 
 CLASSIFICATION = TaskKind(
     figures=("macro_f1", "matthews"),
-    report=_classification,
+    report=classification_report,
     baselines=_most_frequent_class,
-    scores={"accuracy": _right, "macro_f1": _macro_f1, "matthews": _matthews, "nll": _nll},
+    scores={"accuracy": right_answers, "macro_f1": _macro_f1, "matthews": _matthews, "nll": label_nll},
 )
 REGRESSION = TaskKind(
     figures=("pearson", "spearman"),

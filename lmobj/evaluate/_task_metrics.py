@@ -11,6 +11,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lmobj.evaluate._answer_report import EXTRACTIVE_QA
+from lmobj.evaluate._choice_report import MULTIPLE_CHOICE
+from lmobj.evaluate._label_report import MULTI_LABEL
+from lmobj.evaluate._relation_report import RELATION
 from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
 from lmobj.evaluate._tag_report import TOKEN_CLASSIFICATION
 from lmobj.evaluate._task_report import TaskKind, TaskReport
@@ -21,7 +24,10 @@ __all__ = ["TASKS", "TASK_METRICS", "task_metrics", "task_report"]
 TASKS: dict[Task, TaskKind] = {
     "classification": CLASSIFICATION,
     "extractive_qa": EXTRACTIVE_QA,
+    "multi_label": MULTI_LABEL,
+    "multiple_choice": MULTIPLE_CHOICE,
     "regression": REGRESSION,
+    "relation": RELATION,
     "token_classification": TOKEN_CLASSIFICATION,
 }
 

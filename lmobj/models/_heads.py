@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from lmobj.models._layers import ACTIVATIONS, Activation, Embedding, Init, LayerNorm, Linear
 from lmobj.partition import constrain
 
-__all__ = ["HeadStyle", "PairHead", "SpanBoundaryHead", "TokenHead"]
+__all__ = ["HeadStyle", "JoinedHead", "PairHead", "SpanBoundaryHead", "TokenHead"]
 
 _ROW_AXES = ("batch", "activation_embed")
 """A vector for each row. Left alone, the partitioner may gather it to meet a matrix that is spread over `embed`."""
@@ -96,3 +96,14 @@ class TokenHead(nnx.Module):
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L C"]:
         """The logits."""
         return constrain(self.classifier(hidden), ("batch", "length", None))
+
+
+class JoinedHead(nnx.Module):
+    """Classes by a linear map of several states, side by side (Baldini Soares et al. 2019, section 3.2.2)."""
+
+    def __init__(self, style: HeadStyle, states: int, classes: int, rngs: nnx.Rngs) -> None:
+        self.classifier = style.dense(states * style.width, classes, rngs)
+
+    def __call__(self, states: Float[Array, "B N D"]) -> Float[Array, "B C"]:
+        """The logits."""
+        return constrain(self.classifier(constrain(states.reshape(len(states), -1), _ROW_AXES)), ("batch", None))

@@ -6,6 +6,8 @@ from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._mixture import Member, Mixture
+from lmobj.objectives._multi_label import MultiLabel
+from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._objective import (
     Context,
     Example,
@@ -24,6 +26,7 @@ from lmobj.objectives._objective import (
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._registry import REGISTRY, ObjectiveConfig
 from lmobj.objectives._regression import Regression
+from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
@@ -44,12 +47,15 @@ __all__ = [
     "Metric",
     "Mixture",
     "Models",
+    "MultiLabel",
+    "MultipleChoice",
     "NextSentencePrediction",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveState",
     "PermutationLM",
     "Regression",
+    "RelationClassification",
     "ReplacedTokenDetection",
     "Role",
     "Routed",

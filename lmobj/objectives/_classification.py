@@ -9,7 +9,6 @@ Bowman et al. 2015, "A large annotated corpus for learning natural language infe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,7 +22,7 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, PairHead
 from lmobj.objectives._objective import Context, Example, Judge, Models, Terms
-from lmobj.objectives._row_classes import check_class_count, check_classes_found, class_sums
+from lmobj.objectives._row_classes import check_class_count, check_class_weights, check_classes_found, class_sums
 from lmobj.objectives._row_task import RowTask
 
 __all__ = ["Classification"]
@@ -39,7 +38,7 @@ class Classification(RowTask):
 
     task: ClassVar[Literal["classification"]] = "classification"
     judged_by: ClassVar[Judge] = "accuracy"
-    FIELD: ClassVar[Literal["labels", "scores"]] = "labels"
+    FIELD: ClassVar[str] = "labels"
     summary: ClassVar[str] = "Tell the class of a labelled text or pair of texts."
     paper: ClassVar[str] = "Devlin et al. 2019, BERT, section 4.1"
 
@@ -57,14 +56,7 @@ class Classification(RowTask):
         check_class_count(self.classes)
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
-        weights = self.class_weights
-        if weights is not None and (
-            len(weights) != self.classes or not all(0 <= w < math.inf for w in weights) or not any(weights)
-        ):
-            raise UserError(
-                f"objective.class_weights is {list(weights)}; accepted: {self.classes} finite numbers of 0 or more, "
-                "one for each class, not all 0."
-            )
+        check_class_weights(self.class_weights, self.classes)
 
     def check_classes(self, classes_of: Callable[[str | None], Sequence[str]]) -> None:
         """Refuses data whose classes are not as many as this objective's."""

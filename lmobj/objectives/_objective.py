@@ -40,8 +40,16 @@ Models = Mapping[str, nnx.Module]
 Rows = RowSpec | Mapping[str, RowSpec]
 """The rows of one batch, or of each batch of a mixture by the names of its members."""
 
-Judge = Literal["loss", "bits_per_byte", "top5_accuracy", "accuracy", "mse", "entity_f1", "f1"]
-Task = Literal["classification", "regression", "token_classification", "extractive_qa"]
+Judge = Literal["loss", "bits_per_byte", "top5_accuracy", "accuracy", "mse", "entity_f1", "f1", "micro_f1"]
+Task = Literal[
+    "classification",
+    "regression",
+    "multi_label",
+    "multiple_choice",
+    "relation",
+    "token_classification",
+    "extractive_qa",
+]
 
 Metric = tuple[Array, Array]
 """(sum, weight): added over rows, microbatches and devices, divided once when it is logged."""

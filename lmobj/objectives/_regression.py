@@ -30,7 +30,7 @@ class Regression(RowTask):
 
     task: ClassVar[Literal["regression"]] = "regression"
     judged_by: ClassVar[Judge] = "mse"
-    FIELD: ClassVar[Literal["labels", "scores"]] = "scores"
+    FIELD: ClassVar[str] = "scores"
     coefficients: ClassVar[dict[str, float]] = {"mse": 1.0}
     summary: ClassVar[str] = "Predict the number that labels a text or a pair of texts."
     paper: ClassVar[str] = "Devlin et al. 2019, BERT, section 4.1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from lmobj.batch import Batch
 from lmobj.errors import UserError
 from lmobj.objectives._objective import Metric
 
-__all__ = ["check_class_count", "check_classes_found", "class_sums", "row_weights"]
+__all__ = ["check_class_count", "check_class_weights", "check_classes_found", "class_sums", "row_weights"]
 
 
 def row_weights(batch: Batch) -> Float[Array, " B"]:
@@ -32,6 +33,17 @@ def check_class_count(classes: int) -> None:
     """Refuses `objective.classes` below 2."""
     if classes < 2:
         raise UserError(f"objective.classes is {classes}; it must be at least 2.")
+
+
+def check_class_weights(weights: Sequence[float] | None, classes: int) -> None:
+    """Refuses `objective.class_weights` that are not one for each class, finite, 0 or more, and not all 0."""
+    if weights is not None and (
+        len(weights) != classes or not all(0 <= w < math.inf for w in weights) or not any(weights)
+    ):
+        raise UserError(
+            f"objective.class_weights is {list(weights)}; accepted: {classes} finite numbers of 0 or more, one for "
+            "each class, not all 0."
+        )
 
 
 def check_classes_found(classes: int, names: Sequence[str]) -> None:

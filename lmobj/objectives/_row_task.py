@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj import masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
@@ -32,8 +32,8 @@ class RowTask(Objective):
     from the first token, a causal model from the last, as GPT does (Radford et al. 2018, section 3.2).
     """
 
-    FIELD: ClassVar[Literal["labels", "scores"]]
-    """What the rows are labelled with."""
+    FIELD: ClassVar[str]
+    """What the rows are labelled with, of `lmobj.batch.LABEL_FIELDS`."""
 
     roles: ClassVar[Mapping[str, Role]] = {"model": Role.TRAINABLE, "heads": Role.TRAINABLE}
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -63,6 +63,11 @@ class RowTask(Objective):
             )
 
     @property
+    def parts(self) -> int:
+        """N texts of a row that are judged, each a segment of its own: 1, and then it is the whole row."""
+        return 1
+
+    @property
     def causal(self) -> bool:
         """As `attention` says."""
         return self.attention == "causal"
@@ -77,29 +82,39 @@ class RowTask(Objective):
         return RowSpec("examples", length, (cls,), (sep,), (self.FIELD,))
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
-        """The rows as they are; one place of each predicts its label."""
+        """The rows as they are; one place of each of its parts says something of the label."""
         labels, segments = batch[self.FIELD], batch["segment_ids"]
-        last = jnp.maximum(jnp.sum(segments > 0, axis=1) - 1, 0)
+        inside = self.inside(segments)
+        places = jnp.argmax(inside, axis=2)
+        if self.pooling == "last":
+            places += jnp.maximum(jnp.sum(inside, axis=2) - 1, 0)
         return Example(
             inputs=batch["tokens"],
-            targets=labels[:, None],
+            targets=labels.reshape(len(labels), -1),
             weights=row_weights(batch)[:, None],
             mask=(masks.causal() if self.causal else masks.bidirectional()).packed(segments),
             positions=batch["positions"],
             token_types=batch["token_types"] if self.token_types and not self.causal else None,
-            predict=(last if self.pooling == "last" else jnp.zeros_like(last))[:, None],
+            predict=places,
         )
 
-    def outputs(self, models: Models, example: Example, ctx: Context) -> Float[Array, "B C"]:
-        """What the head says of each row: logits of classes, or a number."""
+    def outputs(self, models: Models, example: Example, ctx: Context) -> Float[Array, "B NC"]:
+        """What the head says of each part of a row: logits of classes, or a number."""
         hidden, head = hidden_states(models["model"], example, ctx), models["heads"]
         if self.pooling == "mean":
             assert example.mask.segment_ids is not None
-            there = (example.mask.segment_ids > 0)[..., None].astype(hidden.dtype)
-            states = jnp.sum(hidden * there, axis=1, keepdims=True) / jnp.maximum(jnp.sum(there, 1, keepdims=True), 1)
+            inside = self.inside(example.mask.segment_ids).astype(hidden.dtype)
+            states = inside @ hidden / jnp.maximum(jnp.sum(inside, axis=2, keepdims=True), 1)
         else:
             states = example.at_predictions(hidden)
-        pooled = head.pooled(states)
+        rows = len(states)
+        pooled = head.pooled(states.reshape(rows * self.parts, 1, -1)).reshape(rows, -1)
         if ctx.dropout is not None:
             pooled = noise.dropout(pooled, self.dropout, ctx.dropout, layer=0, site=_POOLED_SITE)
-        return head.classifier(pooled)
+        return head.classifier(pooled.reshape(rows * self.parts, -1)).reshape(rows, -1)
+
+    def inside(self, segments: Int[Array, "B L"]) -> Bool[Array, "B N L"]:
+        """Which tokens are in each part."""
+        if self.parts == 1:
+            return (segments > 0)[:, None]
+        return segments[:, None] == jnp.arange(1, self.parts + 1)[:, None]

@@ -6,8 +6,11 @@ from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._masked_lm import MaskedLM
+from lmobj.objectives._multi_label import MultiLabel
+from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._regression import Regression
+from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from lmobj.objectives._span_boundary import SpanBoundary
@@ -21,9 +24,12 @@ SingleObjective = (
     | Classification
     | ExtractiveQA
     | MaskedLM
+    | MultiLabel
+    | MultipleChoice
     | NextSentencePrediction
     | PermutationLM
     | Regression
+    | RelationClassification
     | ReplacedTokenDetection
     | SentenceOrderPrediction
     | SpanBoundary

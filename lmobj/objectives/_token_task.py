@@ -24,7 +24,7 @@ _STATES_SITE = 201
 
 @dataclass(frozen=True)
 class TokenTask(Objective):
-    """Base of the tasks whose head is a linear map of each token's state, after dropout."""
+    """Base of the tasks whose head is a linear map of tokens' states, after dropout."""
 
     roles: ClassVar[Mapping[str, Role]] = {"model": Role.TRAINABLE, "heads": Role.TRAINABLE}
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -67,10 +67,14 @@ class TokenTask(Objective):
             token_types=types,
         )
 
-    def logits(self, models: Models, example: Example, ctx: Context) -> Float[Array, "B L C"]:
-        """What the head says of each token."""
+    def states(self, models: Models, example: Example, ctx: Context) -> Float[Array, "B L D"]:
+        """The state of each token, after dropout."""
         hidden = hidden_states(models["model"], example, ctx)
         if ctx.dropout is not None:
             hidden = noise.dropout(hidden, self.dropout, ctx.dropout, layer=0, site=_STATES_SITE)
+        return hidden
+
+    def logits(self, models: Models, example: Example, ctx: Context) -> Float[Array, "B L C"]:
+        """What the head says of each token."""
         head: nnx.Module = models["heads"]
-        return head(hidden)
+        return head(self.states(models, example, ctx))

@@ -1,10 +1,12 @@
 """Rows of random tokens in the shape that an objective reads, with the special tokens that rows of text would have.
 
-A row is full and holds one document or one pair of texts, so that what peers without packed rows compute is the same.
+A row is full and holds one document or one pair of texts, so that what peers without packed rows compute is the same;
+or a pair of texts for each of several choices.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -28,14 +30,15 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
     rng = np.random.default_rng(index)
     ordinary = np.setdiff1d(np.arange(vocab.size), vocab.special_ids)
     shape = (rows, spec.length)
-    special, types = _template(spec)
+    special, types, segments = _template(spec)
+    begins = np.flatnonzero(np.diff(segments, prepend=0))
     drawn = rng.choice(ordinary, shape)
     text = np.broadcast_to(special < 0, shape)
     last_text = np.flatnonzero((special < 0) & (types == types[special < 0].max()))
     values: dict[str, Any] = {
         "tokens": np.where(text, drawn, special),
-        "segment_ids": np.ones(shape),
-        "positions": np.tile(np.arange(spec.length), (rows, 1)),
+        "segment_ids": np.tile(segments, (rows, 1)),
+        "positions": np.tile(np.arange(spec.length) - begins[segments - 1], (rows, 1)),
         "row_ids": np.stack([np.full(rows, index), np.arange(rows)], axis=1),
         "token_types": np.tile(types, (rows, 1)),
         "backward": np.arange(rows) >= rows // 2,
@@ -47,16 +50,26 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
     arrays = row_arrays(spec)
     for name in ("pair_labels", *LABEL_FIELDS):  # two classes, which every objective with classes has
         if name in arrays:
-            label = (rows, *arrays[name].shape)
-            values[name] = np.arange(math.prod(label)).reshape(label) % 2
+            whole = (rows, *arrays[name].shape)
+            values[name] = np.arange(math.prod(whole)).reshape(whole) % 2
     return {name: values[name].astype(array.dtype) for name, array in arrays.items()}
 
 
-def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Of one row: the special id of each place, or -1 for text; and token types."""
+def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Of one row: the special id of each place, or -1 for text; token types; and segments."""
+    if spec.layout == "choices":
+        share, more = divmod(spec.length, spec.classes)
+        lengths = [share] * (spec.classes - 1) + [share + more]
+        parts = [_one_segment(dataclasses.replace(spec, layout="pairs", length=length)) for length in lengths]
+        special, types = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return special, types, np.repeat(np.arange(1, spec.classes + 1, dtype=np.int32), lengths)
+    return *_one_segment(spec), np.ones(spec.length, np.int32)
+
+
+def _one_segment(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     prefix, suffix, length = list(spec.prefix), list(spec.suffix), spec.length
     types = np.zeros(length, np.int32)
-    if spec.layout in ("packed", "single", "stream", "tagged"):
+    if spec.layout in ("packed", "single", "stream", "tagged", "relations"):
         inside = [-1] * (length - len(prefix) - len(suffix))
         return np.array(prefix + inside + suffix, np.int32), types
     if spec.layout == "stream_pairs":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from lmobj.tasks._choice_examples import ChoiceExamples, ChoiceReference
 from lmobj.tasks._choices import MultipleChoice, read_multiple_choice
 from lmobj.tasks._example_dataset import ExampleDataset, ExampleRows, Kind
 from lmobj.tasks._prepare import AnyDataset, prepare_any
 from lmobj.tasks._qa_windows import QAWindows, qa_windows, token_offsets, window_labels
 from lmobj.tasks._question_examples import AskedQuestion, QuestionExamples, QuestionReference
+from lmobj.tasks._relation_examples import RelationExamples, RelationReference
 from lmobj.tasks._relations import MarkedText, Relation, mark_entities, read_relations
 from lmobj.tasks._squad import GoldAnswer, Question, read_squad
 from lmobj.tasks._tag_alignment import align_tags, encode_words, tag_ids, word_tags
@@ -17,6 +19,8 @@ from lmobj.tasks._tagged_examples import TaggedExamples, TagReference
 __all__ = [
     "AnyDataset",
     "AskedQuestion",
+    "ChoiceExamples",
+    "ChoiceReference",
     "Entity",
     "ExampleDataset",
     "ExampleRows",
@@ -29,6 +33,8 @@ __all__ = [
     "QuestionExamples",
     "QuestionReference",
     "Relation",
+    "RelationExamples",
+    "RelationReference",
     "TagReference",
     "TaggedExamples",
     "TaggedSentence",

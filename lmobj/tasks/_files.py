@@ -35,8 +35,8 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{str(path)!r} cannot be read ({error}); accepted: the path of a file.") from None
 
 
-def json_rows(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Place ("file:line") and object of each line of JSON Lines that is not blank.
+def json_rows(path: str | Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number from 1 and object of each line of JSON Lines that is not blank.
 
     Raises:
       UserError: as for `lines`, or a line that is no JSON object.
@@ -51,7 +51,7 @@ def json_rows(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise UserError(f"{where} is no JSON ({error}); accepted: one object a line.") from None
         if not isinstance(row, dict):
             raise UserError(f"{where} is a {type(row).__name__}; accepted: one object a line.")
-        yield where, row
+        yield number, row
 
 
 def read_json(path: str | Path) -> Any:

@@ -6,6 +6,7 @@ et al. 2019, "Matching the Blanks", section 3.1 (entity markers).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ Stretch = tuple[int, int]
 class Relation:
     """What a text says of head and tail, each given by its first character and the one after its last.
 
-    label is None where it is not told.
+    label is None where it is not told; line is where the example stands in its file, from 1.
     """
 
     text: str
     head: Stretch
     tail: Stretch
     label: str | None
+    line: int = dataclasses.field(default=0, compare=False)
 
 
 class MarkedText(NamedTuple):
@@ -41,23 +43,30 @@ class MarkedText(NamedTuple):
     tail: Stretch
 
 
-def read_relations(path: str | Path) -> Iterator[Relation]:
+def read_relations(path: str | Path, *, label: str | None = "label") -> Iterator[Relation]:
     """The examples of JSON Lines {"text": text, "head": [start, end], "tail": [start, end], "label": name}.
 
     Starts and ends count characters from 0, the end being the one after the last. Blank lines are none. Without
     `label`, or with null, it is None.
 
+    Args:
+      path: the file.
+      label: the key of the label; without one labels are not read.
+
     Raises:
       UserError: a file that cannot be read, a line that is no such object, or an entity beyond the text or overlapping
         the other; it names the line.
     """
-    for where, row in json_rows(path):
+    for line, row in json_rows(path):
+        where = f"{path}:{line}"
         text = field(where, row, "text", str, "text")
         head, tail = (_stretch(where, row, key, text) for key in ("head", "tail"))
         if head[0] < tail[1] and tail[0] < head[1]:
             raise UserError(f"{where} has head {head} and tail {tail}, which overlap; accepted: entities apart.")
-        label = None if row.get("label") is None else field(where, row, "label", str, "the name of a relation")
-        yield Relation(text, head, tail, label)
+        name = None
+        if label is not None and row.get(label) is not None:
+            name = field(where, row, label, str, "the name of a relation")
+        yield Relation(text, head, tail, name, line)
 
 
 def mark_entities(

@@ -31,6 +31,7 @@ def predict(trained: TrainedRun, inputs: Sequence[str], output: Path, *, quiet: 
 
         - classification, regression: `text` (and `pair`), and `label` with `probabilities` by the names of the classes,
           or `score`
+        - multi-label classification: `labels`, those with a probability of 1/2 or more, and `probabilities`
         - token classification: `words`, their `tags`, and `entities` as [type, first word, the one after the last]
         - extractive QA: `id`, `question`, `answer`; `score` and `probability` of the best span, and `null_odds`, how
           much better no answer is

@@ -5,17 +5,19 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, softmax
 
 from lmobj.data import MixtureSource, StdlibSource, Tally, TextFiles, find_inputs, open_corpus, text_rows
 from lmobj.errors import UserError
 from lmobj.evaluate import answer_questions
-from lmobj.tasks import ExampleDataset, Question, TaggedSentence, decode_tags
+from lmobj.objectives import Task
+from lmobj.tasks import ExampleDataset, MultipleChoice, Question, Relation, TaggedSentence, decode_tags
 from lmobj.train.trained import TrainedRun
 
 __all__ = ["Predictor", "predictor"]
@@ -58,17 +60,14 @@ def predictor(trained: TrainedRun, inputs: Sequence[str]) -> Predictor:
         name = getattr(objective, "name", type(objective).__name__)
         raise UserError(
             f"the objective of this run is {name}, which says nothing about whole texts; accepted: a run of "
-            "classification, regression, token_classification or extractive_qa."
+            f"{', '.join(_PREDICTORS)}."
         )
-    if objective.task == "token_classification":
-        return Sentences(trained, inputs)
-    if objective.task == "extractive_qa":
-        return Questions(trained, inputs)
-    return Texts(trained, inputs)
+    return _PREDICTORS[objective.task](trained, inputs)
 
 
 class Texts(Predictor):
-    """`text` (and `pair`), and `label` with `probabilities` by the names of the classes, or `score`."""
+    """`text` (and `pair`), and `label` (of several, `labels`: those with a probability of 1/2 or more) with
+    `probabilities` by the names of the classes, or `score`."""
 
     def __init__(self, trained: TrainedRun, inputs: Sequence[str]) -> None:
         self._trained = trained
@@ -98,13 +97,14 @@ class Texts(Predictor):
         outputs = _outputs(self._trained, arrays)
         for index, (text, pair) in enumerate(examples):
             line: Line = {"text": text} if pair is None else {"text": text, "pair": pair}
-            if "logits" in outputs:
-                p = _softmax(outputs["logits"][index])
-                names = run.dataset.classes
-                each = {name: round(float(x), _DIGITS) for name, x in zip(names, p, strict=True)}
-                yield {**line, "label": names[int(np.argmax(p))], "probabilities": each}
-            else:
+            if "scores" in outputs:
                 yield {**line, "score": round(float(outputs["scores"][index]), _DIGITS)}
+            elif run.objective.task == "multi_label":
+                p = expit(outputs["logits"][index].astype(np.float64))
+                labels = [name for name, x in zip(run.dataset.classes, p, strict=True) if x >= 0.5]
+                yield {**line, "labels": labels, "probabilities": _named(p, run.dataset.classes)}
+            else:
+                yield {**line, **_told(outputs["logits"][index], run.dataset.classes)}
 
 
 class _Examples(Predictor):
@@ -149,6 +149,27 @@ class Sentences(_Examples):
         for sentence, tags in zip(examples, every, strict=True):
             entities = [list(entity) for entity in decode_tags(tags, reference.scheme)]
             yield {"words": sentence.words, "tags": tags, "entities": entities}
+
+
+class Choices(_Examples):
+    """`context`, `choices`, the place of the best as `label`, and `probabilities` in their order."""
+
+    def lines(self, examples: Sequence[MultipleChoice]) -> Iterator[Line]:
+        outputs, _ = self._predicted(examples)
+        for example, logits in zip(examples, outputs["logits"], strict=True):
+            p = softmax(logits[: len(example.choices)].astype(np.float64))
+            said = {"label": int(np.argmax(p)), "probabilities": p.round(_DIGITS).tolist()}
+            yield {"context": example.context, "choices": example.choices, **said}
+
+
+class Relations(_Examples):
+    """`text`, `head`, `tail`, and `label` with `probabilities` by the names of the relations."""
+
+    def lines(self, examples: Sequence[Relation]) -> Iterator[Line]:
+        outputs, _ = self._predicted(examples)
+        for example, logits in zip(examples, outputs["logits"], strict=True):
+            where = {"text": example.text, "head": example.head, "tail": example.tail}
+            yield {**where, **_told(logits, self._data.classes)}
 
 
 class Questions(_Examples):
@@ -197,6 +218,20 @@ def _outputs(trained: TrainedRun, arrays: Mapping[str, NDArray]) -> dict[str, ND
     return {name: np.asarray(x)[: len(arrays["tokens"])] for name, x in outputs.items()}
 
 
-def _softmax(logits: NDArray) -> NDArray[np.float64]:
-    p = np.exp(logits.astype(np.float64) - np.max(logits))
-    return p / np.sum(p)
+def _told(logits: NDArray, classes: Sequence[str]) -> Line:
+    """The best class, and the probabilities of all."""
+    p = softmax(logits.astype(np.float64))
+    return {"label": classes[int(np.argmax(p))], "probabilities": _named(p, classes)}
+
+
+def _named(p: NDArray[np.float64], classes: Sequence[str]) -> dict[str, float]:
+    return {name: round(float(x), _DIGITS) for name, x in zip(classes, p, strict=True)}
+
+
+_PREDICTORS: dict[Task, Callable[[TrainedRun, Sequence[str]], Predictor]] = {
+    **dict.fromkeys(("classification", "multi_label", "regression"), Texts),
+    "extractive_qa": Questions,
+    "multiple_choice": Choices,
+    "relation": Relations,
+    "token_classification": Sentences,
+}

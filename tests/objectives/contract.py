@@ -129,6 +129,9 @@ def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
     labels = np.random.default_rng([seed, 2]).integers(0, 2, first_row + rows)[first_row:]
     batch |= {"pair_labels": labels.astype(np.int32), "labels": labels.astype(np.int32)}
     batch["scores"] = 1.5 * labels.astype(np.float32) - 0.5
+    batch["label_sets"] = np.stack(
+        [labels, np.arange(first_row, first_row + rows) % 2, 0 * labels], 1, dtype=np.float32
+    )
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
@@ -148,6 +151,34 @@ def make_questions(rows: int = BATCH, *, first_row: int = 0) -> Batch:
             text = np.flatnonzero(types)[:-1]
             spans[row] = np.sort(np.random.default_rng([5, first_row + row]).choice(text, 2))
     return batch | {"spans": jnp.asarray(spans)}
+
+
+def make_choices(rows: int = BATCH, *, first_row: int = 0) -> Batch:
+    """Two or three segments [CLS] context [SEP] choice [SEP], most with padding; row r is the same in every batch."""
+    names = ("tokens", "segment_ids", "positions", "token_types")
+    batch: dict[str, Any] = {name: np.zeros((rows, LENGTH), np.int32) for name in names}
+    for row in range(rows):
+        rng = np.random.default_rng([4, first_row + row])
+        end = 0
+        for segment in range(1, 3 + rng.integers(0, 2)):
+            start, context, choice = end, int(rng.integers(0, 2)), int(rng.integers(1, 2))
+            middle, end = start + 2 + context, start + 3 + context + choice
+            batch["tokens"][row, start:end] = rng.integers(7, VOCAB.size, end - start)
+            batch["tokens"][row, [start, middle - 1, end - 1]] = VOCAB.cls, VOCAB.sep, VOCAB.sep
+            batch["segment_ids"][row, start:end], batch["positions"][row, start:end] = segment, np.arange(end - start)
+            batch["token_types"][row, middle:end] = 1
+    place = np.arange(first_row, first_row + rows, dtype=np.int32)
+    batch |= {"labels": place % 2, "row_ids": np.stack([0 * place, place], 1)}
+    return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+def make_relations(**rows: int) -> Batch:
+    """[CLS] text [SEP] with two marked places, either first; most with padding; row r is the same in every batch."""
+    batch = make_pairs(**rows)
+    place = batch["row_ids"][:, 1]
+    spans = jnp.stack([1 + place % 5, 1 + (3 * place + 2) % 7], axis=1).astype(jnp.int32)
+    names = ("tokens", "segment_ids", "positions", "row_ids", "labels")
+    return {name: batch[name] for name in names} | {"spans": spans}
 
 
 def make_streams(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
@@ -289,6 +320,27 @@ CASES: dict[str, Case] = {
         make=make_pairs,
         packed=False,
         unused=("['head']",),
+    ),
+    "multi_label": Case(
+        objectives.MultiLabel(classes=3, class_weights=(1.0, 2.5, 0.5)),
+        {"model": ENCODER},
+        make=make_pairs,
+        packed=False,
+        unused=("['head']",),
+    ),
+    "multiple_choice": Case(
+        objectives.MultipleChoice(choices=3),
+        {"model": ENCODER},
+        make=make_choices,
+        packed=False,
+        unused=("['head']",),
+    ),
+    "relation": Case(
+        objectives.RelationClassification(),
+        {"model": ENCODER},
+        make=make_relations,
+        packed=False,
+        unused=("['head']", "token_types"),
     ),
     "regression": Case(
         objectives.Regression(attention="causal", pooling="mean"),
