@@ -16,7 +16,7 @@ from lmobj.evaluate._answer_scores import (
     summarise_answers,
 )
 from lmobj.evaluate._answer_spans import AnswerSpan, FoundAnswers, find_answers
-from lmobj.evaluate._answer_task import AnswerSource, AnswerTask, MultipleChoiceFiles
+from lmobj.evaluate._answer_task import AnswerSource, AnswerTask
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated, output_logits
 from lmobj.evaluate._class_scores import (
@@ -101,7 +101,6 @@ __all__ = [
     "Generated",
     "GenerationConfig",
     "MultiLabelScores",
-    "MultipleChoiceFiles",
     "NGram",
     "Normalisation",
     "PairedBootstrap",

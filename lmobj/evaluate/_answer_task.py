@@ -12,35 +12,19 @@ normalise: prior
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from lmobj.data import JsonLines, ParquetFiles, SeparatedValues, TfdsSource
+from lmobj.data import ChoiceFiles, JsonLines, ParquetFiles, SeparatedValues, TfdsSource
 from lmobj.errors import UserError
 from lmobj.evaluate._likelihood import Normalisation
 from lmobj.evaluate._prompt_template import PromptTemplate
 
-__all__ = ["AnswerSource", "AnswerTask", "MultipleChoiceFiles"]
+__all__ = ["AnswerSource", "AnswerTask"]
 
 _MOST_SHOTS = 10_000
 
 
-@dataclass(frozen=True)
-class MultipleChoiceFiles:
-    """JSON Lines of questions with choices of their own: {"context": text, "choices": [text, ...], "label": place}."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    name: Literal["multiple_choice"] = "multiple_choice"
-    """Selects this source."""
-    files: tuple[str, ...] = ()
-    """Paths of the files."""
-
-    def __post_init__(self) -> None:
-        if not self.files:
-            raise UserError("source.files is empty; accepted: one or more paths of files.")
-
-
-AnswerSource = JsonLines | ParquetFiles | SeparatedValues | TfdsSource | MultipleChoiceFiles
+AnswerSource = JsonLines | ParquetFiles | SeparatedValues | TfdsSource | ChoiceFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +37,11 @@ class AnswerTask:
     """Name of the task and of its files in the run folder; in a file, the file's own name unless given."""
     source: AnswerSource
     """The examples to answer, told apart by `name`: records as in `data.source`, each with a label; or questions with
-    choices of their own (`multiple_choice`)."""
+    choices of their own (`choices`)."""
     template: str
     """An example in words, with {text}, perhaps {pair}, and {answer} after them: "{text} It was {answer}."."""
     answers: dict[str, str] = field(default_factory=dict)
-    """Each class as the source names it, and the words that stand for it; of `multiple_choice` none."""
+    """Each class as the source names it, and the words that stand for it; of `choices` none."""
     instruction: str = ""
     """Stands before all; empty: none."""
     separator: str = "\n"
@@ -99,7 +83,7 @@ class AnswerTask:
                 "answer could follow; accepted: a template with words of its own before {answer}, or an instruction."
             )
         if self.has_own_choices and self.answers:
-            raise UserError("answers are given, and the questions of multiple_choice have their own; accepted: none.")
+            raise UserError("answers are given, and the questions of choices files have their own; accepted: none.")
         if not self.has_own_choices and len(self.answers) < 2:
             raise UserError(
                 f"answers has {len(self.answers)} classes; accepted: at least 2, each with its words, such as "
@@ -117,14 +101,14 @@ class AnswerTask:
     @property
     def has_own_choices(self) -> bool:
         """Whether each question brings the answers to choose from."""
-        return isinstance(self.source, MultipleChoiceFiles)
+        return isinstance(self.source, ChoiceFiles)
 
     def _check_source(self, key: str, source: AnswerSource, prompt: PromptTemplate) -> None:
-        if isinstance(source, MultipleChoiceFiles) != self.has_own_choices:
+        if isinstance(source, ChoiceFiles) != self.has_own_choices:
             raise UserError(f"{key}.name is {source.name!r}, and source.name {self.source.name!r}; accepted: both "
-                            "multiple_choice, or neither.")  # fmt: skip
+                            "choices, or neither.")  # fmt: skip
         pair = None
-        if not isinstance(source, MultipleChoiceFiles):
+        if not isinstance(source, ChoiceFiles):
             pair = source.pair
             if source.label is None:
                 raise UserError(f"{key}.label is null; accepted: the column of the classes, to judge answers by.")

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmobj.data import Tokenizer, open_corpus, progress_bar
+from lmobj.data import ChoiceFiles, Tokenizer, find_inputs, open_corpus, progress_bar
 from lmobj.errors import UserError
 from lmobj.evaluate import (
     AnsweredText,
     AnswerSource,
     AnswerTask,
     ClassReport,
-    MultipleChoiceFiles,
     ScoredText,
     answer_scores,
     choose_shots,
@@ -153,7 +152,7 @@ def _check_model(trained: TrainedRun) -> None:
 
 def _questions(task: AnswerTask, source: AnswerSource, key: str) -> list[_Question]:
     """The questions of a source, in the order of its files."""
-    if isinstance(source, MultipleChoiceFiles):
+    if isinstance(source, ChoiceFiles):
         found = list(_choice_questions(source, key))
     else:
         classes, words = list(task.answers), tuple(task.answers.values())
@@ -169,11 +168,14 @@ def _questions(task: AnswerTask, source: AnswerSource, key: str) -> list[_Questi
     return found
 
 
-def _choice_questions(source: MultipleChoiceFiles, key: str) -> Iterator[_Question]:
-    for file in source.files:
-        for number, example in enumerate(read_multiple_choice(file), 1):
+def _choice_questions(source: ChoiceFiles, key: str) -> Iterator[_Question]:
+    for file in find_inputs(f"{key}.files", source.files, os.cpu_count() or 1):
+        read = read_multiple_choice(file.name, context=source.context, choices=source.choices, label=source.label)
+        for number, example in enumerate(read, 1):
             if example.label is None:
-                raise UserError(f"{key}.files: example {number} of {file} has no label; accepted: examples with one.")
+                raise UserError(
+                    f"{key}.files: example {number} of {file.name} has no label; accepted: examples with one."
+                )
             yield _Question(example.context, None, example.choices, example.label)
 
 

@@ -142,8 +142,8 @@ def test_choices_of_their_own(run: Run, write: Any, tmp_path: pathlib.Path) -> N
         {"context": "the quiet", "choices": ["river", "fox"], "label": 1},
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = "source: {name: multiple_choice, files: [FOLDER/c.jsonl]}\ntemplate: '{text} {answer}'\n"
-    shots = "shots: 1\nshots_source: {name: multiple_choice, files: [FOLDER/c.jsonl]}\n"
+    task = "source: {name: choices, files: [FOLDER/c.jsonl]}\ntemplate: '{text} {answer}'\n"
+    shots = "shots: 1\nshots_source: {name: choices, files: [FOLDER/c.jsonl]}\n"
     for text in (task, task + shots):
         found = evaluate_task(run(), load_task(write(text)), quiet=True)
         assert [answer["prediction"] for answer in found.answers] == ["1", "2", "0"]
@@ -195,7 +195,7 @@ def test_a_limit_draws_questions_and_keeps_their_order(run: Run, write: Any) -> 
         (_TASK + "temlate: x\n", ["unknown key temlate", "Did you mean template?"]),
         (_TASK + "normalise: byte\n", ["normalise is", "Did you mean bytes?"]),
         (_TASK.replace("{answer}", ""), ["template is '{text} '"]),
-        (_TASK.replace("tsv", "text"), ["source.name is", "jsonl, parquet, tsv, tfds, multiple_choice"]),
+        (_TASK.replace("tsv", "text"), ["source.name is", "jsonl, parquet, tsv, tfds, choices"]),
         (_TASK.replace(", label: label", ""), ["source.label is null"]),
         (_TASK.replace("label: label", "label: label, pair: b"), ["source.pair is 'b'"]),
         (_TASK.replace("{text}", "{text} {pair}"), ["source.pair is null"]),
@@ -208,9 +208,9 @@ def test_a_limit_draws_questions_and_keeps_their_order(run: Run, write: Any) -> 
         (_TASK + "name: a/b\n", ["name is 'a/b'"]),
         (_TASK + "separator: ''\n", ["separator is"]),
         (_TASK + "normalise: prior\n", ["normalise is prior and template is '{text} {answer}'"]),
-        (_TASK.replace("name: tsv, files: [FOLDER/dev.tsv], label: label", "name: multiple_choice, files: [a]"),
+        (_TASK.replace("name: tsv, files: [FOLDER/dev.tsv], label: label", "name: choices, files: [a]"),
          ["answers are given"]),
-        (_TASK + "shots: 1\nshots_source: {name: multiple_choice, files: [a]}\n", ["shots_source.name is"]),
+        (_TASK + "shots: 1\nshots_source: {name: choices, files: [a]}\n", ["shots_source.name is"]),
         ("template: '{text} {answer}'\n" + _ANSWERS, ["source is missing"]),
     ],
 )  # fmt: skip
