@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lmobj.data._augment_config import Augmentation, Synonyms
 from lmobj.data._cleaning_config import CleaningConfig, LanguageFilter, NearDuplicates, SegmentationConfig, StopWords
 from lmobj.data._config import DataConfig, HeldOut, SentencePieceConfig, Source
 from lmobj.data._inputs import InputFile, Tally, find_inputs, open_bytes
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lmobj.data._sources import open_corpus
 
 __all__ = [
+    "Augmentation",
     "CleaningConfig",
     "ConllFiles",
     "DataConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "SquadFiles",
     "StdlibSource",
     "StopWords",
+    "Synonyms",
     "TagScheme",
     "TaggedSubwords",
     "Tally",
