@@ -41,7 +41,7 @@ from lmobj.data._progress import progress_bar
 from lmobj.data._runner import Runner, WorkerEndedError, run_here
 from lmobj.data._sampling import train_on_sample
 from lmobj.data._segmentation import Segmenter
-from lmobj.data._source_config import MixtureSource
+from lmobj.data._source_config import MixtureSource, ReplaySource, SingleSource, WeightedSource
 from lmobj.data._sources import open_corpus
 from lmobj.data._task_source_config import TaskSource
 from lmobj.data._tokenizer import Tokenizer
@@ -97,10 +97,20 @@ def _open_corpora(config: DataConfig, workers: int) -> tuple[dict[str, Corpus], 
         return {"": open_corpus(config.source, workers)}, {"": 1.0}
     sources = config.source.sources
     corpora = {
-        name: open_corpus(entry.source, workers, f"data.source.sources.{name}.source")
+        name: open_corpus(_found(name, entry), workers, f"data.source.sources.{name}.source")
         for name, entry in sources.items()
     }
     return corpora, {name: entry.weight for name, entry in sources.items()}
+
+
+def _found(name: str, entry: WeightedSource) -> SingleSource:
+    """The source of an entry of a mixture. UserError for one that no earlier run has told."""
+    if isinstance(entry.source, ReplaySource):
+        raise UserError(
+            f"data.source.sources.{name}.source.name is 'replay', and init.run names no run whose text that is; accepted: "
+            "init.run=RUN in a config file or beside it."
+        )
+    return entry.source
 
 
 def _held_out(config: DataConfig, workers: int) -> dict[str, Corpus]:

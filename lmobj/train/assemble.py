@@ -299,21 +299,27 @@ class Assembly(Design):
             return f"{every:,} parameters"
         return f"{self.parameter_count:,} of {every:,} parameters trained"
 
-    def batches(self, split: str, *, start: int = 0, steps: int | None = None, whole: bool = False) -> Iterator[Any]:
+    def batches(
+        self, split: str, *, start: int = 0, steps: int | None = None, whole: bool = False, source: str | None = None
+    ) -> Iterator[Any]:
         """Batches of a split from step `start`; on the training split in this run's order, else each row once.
+
+        With `source` they are of that source alone, where the data is a mixture of some and the objective is of none.
 
         With several processes each reads its `local_rows` of every batch, or with `whole` all rows. A mixture's batches
         are dicts of batches by member.
         """
         local = dict.fromkeys(self.batch_sizes) if whole else self.local_rows
-        rows = {name: self._read_rows(name, split) for name in self._members}
+        rows = {name: self.read_rows(name, split, source) for name in self._members}
         if "" in rows:
             return rows[""].batches(start, steps, local[""])
         return together(rows, start=start, steps=steps, local=local)
 
-    def _read_rows(self, name: str, split: str) -> DataRows:
+    def read_rows(self, name: str, split: str, source: str | None = None) -> DataRows:
         """The rows of a split that a member of a mixture reads, or under no name those of the one batch."""
         spec, size = self._members[name], self.batch_sizes[name]
+        if source is not None:
+            spec = dataclasses.replace(spec, source=source)
         try:
             return self.dataset.rows(spec, split=split, seed=self.config.train.seed, batch_size=size)
         except UserError as error:
