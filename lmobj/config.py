@@ -103,7 +103,9 @@ def _inheriting(document: _yaml.Document) -> _yaml.Document:
         folder.check_exists()
         earlier = _yaml.read(folder.config)
         inherited = {"model": earlier.values["model"], "data": {"tokenizer": {"path": str(folder.fetched_tokenizer())}}}
-        text = {key: earlier.values["data"][key] for key in ("source", "validation", "test", "clean")} if replays else {}
+        text = (
+            {key: earlier.values["data"][key] for key in ("source", "validation", "test", "clean")} if replays else {}
+        )
     except (UserError, KeyError) as error:
         raise UserError(f"{document.origins.get('init.run', 'init.run')}: init.run is {run!r}: {error}") from None
     document = _yaml.merge(_yaml.Document(inherited), document)

@@ -99,7 +99,7 @@ class Dataset:
         - `splits`: in each the documents, tokens and bytes of text
         - `cleaning`: per step the documents changed and dropped, and the bytes removed; under `tokenizer` those
           that a loaded model normalises to nothing
-        - `augmented`: of the training documents the copies with another wording, by what made them, where there are some
+        - `augmented`: of the training documents the copies with another wording, by what made them, if any
         - `classes`: names of the classes, where documents are labelled with them
 
         and under `sources` the same of each source by its name (that of a single one is empty), with its `weight`.

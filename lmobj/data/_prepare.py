@@ -107,8 +107,8 @@ def _found(name: str, entry: WeightedSource) -> SingleSource:
     """The source of an entry of a mixture. UserError for one that no earlier run has told."""
     if isinstance(entry.source, ReplaySource):
         raise UserError(
-            f"data.source.sources.{name}.source.name is 'replay', and init.run names no run whose text that is; accepted: "
-            "init.run=RUN in a config file or beside it."
+            f"data.source.sources.{name}.source.name is 'replay', and init.run names no run whose text that is; "
+            "accepted: init.run=RUN in a config file or beside it."
         )
     return entry.source
 

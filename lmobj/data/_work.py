@@ -145,7 +145,8 @@ class WriteShards:
 
     The record of a part, in JSON: `last` (of its group), `skipped` (rows and files), `cleaning` (counts per step, and
     under `tokenizer` those of documents that tokenise to nothing), `augmented` (copies added, by what made them),
-    `classes` (names that label ids of this part mean), and per split its shard (`file`, `size`, `digest`, `records`), its index file with its size, and the counts.
+    `classes` (names that label ids of this part mean), and per split its shard (`file`, `size`, `digest`, `records`),
+    its index file with its size, and the counts.
     """
 
     selection: Selection
@@ -169,7 +170,13 @@ class WriteShards:
                     shards.add(split, document, tokens)
                 else:  # a loaded model may normalise a text to nothing
                     add_counts(counts, {"tokenizer": dropped(document.text, document.pair)})
-        record = {"last": part.last, "skipped": part.skipped, "cleaning": counts, "augmented": augmented, **shards.close()}
+        record = {
+            "last": part.last,
+            "skipped": part.skipped,
+            "cleaning": counts,
+            "augmented": augmented,
+            **shards.close(),
+        }
         write_json(self.folder / record_file(part.group, part.index), record)
         return record
 

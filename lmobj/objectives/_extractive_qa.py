@@ -54,7 +54,9 @@ class ExtractiveQA(TokenTask):
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """The rows as they are, or with tokens dropped; both ends of each are predicted."""
         spans = batch["spans"]
-        return self.example(self.dropped(keys, batch, ctx), spans, jnp.broadcast_to(row_weights(batch)[:, None], spans.shape))
+        return self.example(
+            self.dropped(keys, batch, ctx), spans, jnp.broadcast_to(row_weights(batch)[:, None], spans.shape)
+        )
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the sum over both ends of all rows."""

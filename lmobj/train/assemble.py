@@ -56,6 +56,7 @@ from lmobj.train.sharding import (
     state_shardings,
 )
 from lmobj.train.step import Program, State, StepMetrics
+from lmobj.train.unfreezing import check_unfreezing, unfrozen_by_layer
 
 if TYPE_CHECKING:
     from lmobj.train.initial import Init
@@ -423,6 +424,7 @@ def design(
     axes = adapt.split(logical_axes(abstract), marks)[0]
     optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=axes)
     optimizer = decayed_by_layer(optimizer, settings.layer_decay, axes)
+    optimizer = unfrozen_by_layer(optimizer, settings.unfreeze_every, axes)
     if isinstance(config.adapter, adapt.AdaLoRA):
         optimizer = allocating(optimizer, config.adapter)
     if settings.stochastic_rounding:
@@ -450,6 +452,7 @@ def design(
     key_data = program.key_data  # before the mesh is in force, whose devices may not be there
     with active(mesh, rules):
         shapes = jax.eval_shape(init, key_data, {})
+    check_unfreezing(settings.unfreeze_every, settings.steps, shapes.params, axes)
     if settings.stochastic_rounding:
         rounding.check_rounded(shapes.params)
     parameters = parameter_shardings(abstract, mesh, rules)

@@ -40,8 +40,8 @@ def replaying(document: Document, earlier: Mapping[str, Any], names: Sequence[st
         if data[key] != share:
             where = document.origins.get(f"data.{key}")
             raise UserError(
-                f"{f'{where}: ' if where else ''}data.{key} is {data[key]!r}, and {share!r} in the run of init.run, whose "
-                f"text is replayed: it was trained on what would be held out here; accepted: {share!r}."
+                f"{f'{where}: ' if where else ''}data.{key} is {data[key]!r}, and {share!r} in the run of init.run, "
+                f"whose text is replayed: it was trained on what would be held out here; accepted: {share!r}."
             )
     sources: dict[str, Any] = {}
     for name, entry in _sources(document.values).items():
@@ -52,7 +52,9 @@ def replaying(document: Document, earlier: Mapping[str, Any], names: Sequence[st
                     "called; accepted: another name."
                 )
             sources[key] = value
-    return Document({**document.values, "data": {**data, "source": {**data["source"], "sources": sources}}}, document.origins)
+    return Document(
+        {**document.values, "data": {**data, "source": {**data["source"], "sources": sources}}}, document.origins
+    )
 
 
 def _parts(name: str, entry: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +63,10 @@ def _parts(name: str, entry: Mapping[str, Any], source: Mapping[str, Any]) -> di
         return {name: {**entry, "source": source}}
     whole, weight = sum(part["weight"] for part in source["sources"].values()), entry.get("weight", 1.0)
     return {
-        f"{name}-{inner}": {**part, "weight": weight * part["weight"] / whole if type(weight) in (int, float) else weight}
+        f"{name}-{inner}": {
+            **part,
+            "weight": weight * part["weight"] / whole if type(weight) in (int, float) else weight,
+        }
         for inner, part in source["sources"].items()
     }
 

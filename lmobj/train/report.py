@@ -63,6 +63,7 @@ STYLE: dict[Any, Any] = {
 
 _DASHES: tuple[Any, ...] = ((0, (1, 1.6)), (0, (4, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 3)), (0, (2, 4)))
 
+
 class _Quantity(NamedTuple):
     """A figure that a run may be judged by: title, label of an axis, which way is better, and whether it is a share."""
 
@@ -130,7 +131,6 @@ class Run:
             (name, baseline[self.judged_by]) for name, baseline in self.baselines.items() if self.judged_by in baseline
         ]
         return sorted((pair for pair in known if _is_number(pair[1])), key=lambda pair: -pair[1])
-
 
 
 def write_report(run_dir: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Augmentation: copies by hand, rates by chi-square, training documents alone, labels kept, a part of the fingerprint."""
+"""Augmentation: copies by hand, rates by chi-square, training documents alone, labels kept, fingerprints."""
 
 from __future__ import annotations
 
@@ -231,7 +231,9 @@ def _unlabelled(call: Callable[..., Any]) -> Callable[..., Any]:
         Mutant("labels lost", Augmenter, "__call__", _unlabelled),
         Mutant("texts by their spaces", _augment, "_plain", lambda _: lambda text: text),
         Mutant("capitals lost", _augment, "_capitalised", lambda _: lambda word, like: word),
-        Mutant("the first copy again", Augmenter, "_in_synonyms", lambda copy: lambda self, d, _, s: copy(self, d, 0, s)),
+        Mutant(
+            "the first copy again", Augmenter, "_in_synonyms", lambda copy: lambda self, d, _, s: copy(self, d, 0, s)
+        ),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Token dropout of the tasks: in training alone, on ordinary tokens alone, by the rows' own keys, labels as they are."""
+"""Token dropout of the tasks: in training alone, ordinary tokens alone, by the rows' own keys, labels as they are."""
 
 from __future__ import annotations
 

@@ -107,7 +107,9 @@ def test_the_parts_of_an_earlier_mixture_share_the_weight(
 
 
 def test_what_is_refused(causal: FitResult, text: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match=r"data\.validation is 0\.3, and 0\.15 in the run of init\.run.*accepted: 0\.15"):
+    with pytest.raises(
+        UserError, match=r"data\.validation is 0\.3, and 0\.15 in the run of init\.run.*accepted: 0\.15"
+    ):
         going_on(causal, text, tmp_path / "run", "data.validation=0.3")
     with pytest.raises(UserError, match=r"sources\.old\.weight is abc"):
         going_on(causal, text, tmp_path / "run", "data.source.sources.old.weight=abc")
