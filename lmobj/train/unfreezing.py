@@ -56,8 +56,8 @@ def check_unfreezing(every: int | None, steps: int, params: Any, logical_axes: M
     depth = deepest(params, logical_axes)
     if depth * every >= steps:
         most = (steps - 1) // depth
+        accepted = f"at most {most}, more steps, or null" if most else "more steps, or null"
         raise UserError(
             f"train.unfreeze_every is {every} and train.steps is {steps}, and the lowest of {depth} groups of layers "
-            f"below the heads would learn from step {depth * every} on; accepted: {f'at most {most}, or ' if most else ''}"
-            "more steps, or null."
+            f"below the heads would learn from step {depth * every} on; accepted: {accepted}."
         )
