@@ -48,8 +48,8 @@ def replaying(document: Document, earlier: Mapping[str, Any], names: Sequence[st
         for key, value in (_parts(name, entry, earlier["source"]) if name in names else {name: entry}).items():
             if key in sources:
                 raise UserError(
-                    f"data.source.sources has {key!r}, as a source that data.source.sources.{name} replays would be "
-                    "called; accepted: another name."
+                    f"data.source.sources.{key} is there, and a part of the text that is replayed would have the same "
+                    "name; accepted: another one."
                 )
             sources[key] = value
     return Document(
