@@ -64,6 +64,7 @@ def _parts(name: str, entry: Mapping[str, Any], source: Mapping[str, Any]) -> di
     whole, weight = sum(part["weight"] for part in source["sources"].values()), entry.get("weight", 1.0)
     return {
         f"{name}-{inner}": {
+            **entry,  # with what does not belong there, to be refused
             **part,
             "weight": weight * part["weight"] / whole if type(weight) in (int, float) else weight,
         }
@@ -81,4 +82,4 @@ def _sources(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_replay(entry: Any) -> bool:
     source = entry.get("source") if isinstance(entry, Mapping) else None
-    return isinstance(source, Mapping) and source.get("name") == "replay"
+    return source == {"name": "replay"}

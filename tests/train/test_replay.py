@@ -113,6 +113,9 @@ def test_what_is_refused(causal: FitResult, text: pathlib.Path, tmp_path: pathli
         going_on(causal, text, tmp_path / "run", "data.validation=0.3")
     with pytest.raises(UserError, match=r"sources\.old\.weight is \"abc\"; accepted: a number"):
         going_on(causal, text, tmp_path / "run", "data.source.sources.old.weight=abc")
+    for key in ("weigth", "source.weight"):
+        with pytest.raises(UserError, match=rf"unknown key data\.source\.sources\.old\.{key}"):
+            going_on(causal, text, tmp_path / "run", f"data.source.sources.old.{key}=2")
     alone = going_on(causal, text, tmp_path / "run", "init=null", "model={name: decoder}").data
     with pytest.raises(UserError, match=r"sources\.old\.source\.name is 'replay', and init\.run names no run"):
         prepare(alone, quiet=True)
@@ -122,7 +125,7 @@ def test_what_is_refused(causal: FitResult, text: pathlib.Path, tmp_path: pathli
     settings = config._yaml.read(refused).values
     settings["data"]["source"] = {"name": "squad", "files": ["x.json"]}
     refused.write_text(config._yaml.to_yaml(settings))
-    with pytest.raises(UserError, match=r"sources\.old\.source\.name is squad; accepted: .*text"):
+    with pytest.raises(UserError, match=r"sources\.old\.source\.name is \"squad\"; accepted: .*text"):
         going_on(causal, text, tmp_path / "run", f"init.run={refused.parent}")
 
 
