@@ -76,7 +76,7 @@ class Evaluation:
                 for source in {"", step[0]}:
                     by_source[source][name] += np.asarray(pair, np.float64)
             outputs.append(_rows_with_text(step[2]))
-        metrics = {}
+        metrics: dict[str, float] = {}
         for source, sums in by_source.items():
             for name, epsilon in self.run.objective.epsilon.items():
                 if sums[TERM + name][1] > 0:

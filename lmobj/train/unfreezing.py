@@ -29,7 +29,7 @@ __all__ = ["check_unfreezing", "unfrozen_by_layer"]
 class _State(NamedTuple):
     """Updates made."""
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
 
 
 def unfrozen_by_layer(
@@ -41,9 +41,9 @@ def unfrozen_by_layer(
 
     def mask(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
         def thawed(x: Any, depth: Depth) -> Any:
-            return jnp.where(state.count >= depth * every, x, jnp.zeros((), x.dtype))
+            return jnp.where(state.step >= depth * every, x, jnp.zeros((), x.dtype))
 
-        return by_depth(thawed, updates, logical_axes), _State(optax.safe_increment(state.count))
+        return by_depth(thawed, updates, logical_axes), _State(optax.safe_increment(state.step))
 
     counted = optax.GradientTransformation(lambda params: _State(jnp.zeros((), jnp.int32)), mask)
     return optax.chain(optimizer, counted)

@@ -98,6 +98,8 @@ def check_parts(causal: FitResult, text: pathlib.Path, tmp_path: pathlib.Path) -
     assert source.sources["old-a"].source == TextFiles(files=(str(text),), documents="blocks")
     with pytest.raises(UserError, match=r"data\.source\.sources\.old-a is there, and a part of the text"):
         going_on(earlier, text, tmp_path / "run", "data.source.sources.old-a={source: {name: stdlib}}")
+    with pytest.raises(UserError, match=r"unknown key data\.source\.sources\.old-a\.weigth"):
+        going_on(earlier, text, tmp_path / "run", "data.source.sources.old.weigth=2")
 
 
 def test_the_parts_of_an_earlier_mixture_share_the_weight(
