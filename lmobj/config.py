@@ -5,7 +5,7 @@ it builds on. Values are found in this order, the later over the earlier:
 
     the defaults in the dataclasses < the run of init.run < the base file < the file < key=value overrides
 
-of which the run gives its model and its tokenizer.
+of which the run gives its model and its tokenizer; and where its text is replayed also what that was held out by.
 
 Each section is defined beside the code that it configures; alternatives (models, objectives, optimizers, sources)
 are told apart by `name`.
@@ -30,6 +30,7 @@ from lmobj.models import ModelConfig
 from lmobj.objectives import ObjectiveConfig
 from lmobj.train.config import TrainConfig
 from lmobj.train.initial import Init
+from lmobj.train.replay import replayed, replaying
 from lmobj.train.run_folder import RunFolder, differing_keys
 
 __all__ = ["Experiment", "difference", "dump", "load", "load_task", "read", "schema"]
@@ -107,21 +108,27 @@ def load_task(path: str | Path) -> AnswerTask:
 
 
 def _inheriting(document: _yaml.Document) -> _yaml.Document:
-    """The document over the model and the tokenizer of the run that `init.run` names, where it leaves them out."""
+    """The document over the model and the tokenizer of the run that `init.run` names, where it leaves them out; and
+    with the text of that run where it is to be replayed."""
     init, model, data = (document.values.get(key) for key in ("init", "model", "data"))
     run = init.get("run") if isinstance(init, dict) else None
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
     complete = isinstance(model, dict) and "name" in model and isinstance(tokenizer, dict) and "path" in tokenizer
-    if not isinstance(run, str) or not run.strip() or complete:
+    replays = replayed(document)
+    if not isinstance(run, str) or not run.strip() or (complete and not replays):
         return document
     folder = RunFolder(run)
     try:
         folder.check_exists()
         earlier = _yaml.read(folder.config)
         inherited = {"model": earlier.values["model"], "data": {"tokenizer": {"path": str(folder.fetched_tokenizer())}}}
+        text = (
+            {key: earlier.values["data"][key] for key in ("source", "validation", "test", "clean")} if replays else {}
+        )
     except (UserError, KeyError) as error:
         raise UserError(f"{document.origins.get('init.run', 'init.run')}: init.run is {run!r}: {error}") from None
-    return _yaml.merge(_yaml.Document(inherited), document)
+    document = _yaml.merge(_yaml.Document(inherited), document)
+    return replaying(document, text, replays) if replays else document
 
 
 def dump(experiment: Experiment) -> str:

@@ -12,13 +12,18 @@ _COUNTS = ("documents", "tokens", "bytes")
 
 
 def split_table(sources: dict[str, Any]) -> Table:
-    """Per source and split: documents, tokens and bytes of text; and what was skipped."""
+    """Per source and split: documents, tokens and bytes of text; what was skipped, and copies of training documents."""
     rows = [
         (name, split, *(str(counts[count]) for count in _COUNTS))
         for name, source in sources.items()
         for split, counts in source["splits"].items()
     ]
     rows += [(name, "skipped", str(source["skipped"]), "", "") for name, source in sources.items() if source["skipped"]]
+    rows += [
+        (name, f"in other words, by {kind}", str(count), "", "")
+        for name, source in sources.items()
+        for kind, count in source.get("augmented", {}).items()
+    ]
     return _named(("source", "split", *_COUNTS), rows)
 
 

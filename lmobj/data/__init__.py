@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lmobj.data._augment_config import Augmentation, Synonyms
 from lmobj.data._cleaning_config import CleaningConfig, LanguageFilter, NearDuplicates, SegmentationConfig, StopWords
 from lmobj.data._config import DataConfig, HeldOut, SentencePieceConfig, Source
 from lmobj.data._inputs import InputFile, Tally, find_inputs, open_bytes
@@ -20,6 +21,7 @@ from lmobj.data._source_config import (
     JsonLines,
     MixtureSource,
     ParquetFiles,
+    ReplaySource,
     SeparatedValues,
     SingleSource,
     StdlibSource,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from lmobj.data._sources import open_corpus
 
 __all__ = [
+    "Augmentation",
     "ChoiceFiles",
     "CleaningConfig",
     "ConllFiles",
@@ -63,6 +66,7 @@ __all__ = [
     "NearDuplicates",
     "ParquetFiles",
     "RelationFiles",
+    "ReplaySource",
     "Rows",
     "SegmentationConfig",
     "SentencePieceConfig",
@@ -72,6 +76,7 @@ __all__ = [
     "SquadFiles",
     "StdlibSource",
     "StopWords",
+    "Synonyms",
     "TagScheme",
     "TaggedSubwords",
     "Tally",

@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
+from lmobj.data._augment_config import Augmentation
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
 from lmobj.data._source_config import MixtureSource, SingleSource, StdlibSource, TfdsSource, check_choice
 from lmobj.data._task_source_config import TaskSource
@@ -111,6 +112,8 @@ class DataConfig:
     """What is done to each document before it is tokenised."""
     segment: SegmentationConfig = field(default_factory=SegmentationConfig)
     """How sentences and words are found."""
+    augment: Augmentation | None = None
+    """Copies of training documents in other words; null: none."""
     length: int = 128
     """Tokens in a row of the model's input; at least 2."""
     validation: float | HeldOut = 0.05

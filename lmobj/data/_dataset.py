@@ -100,6 +100,7 @@ class Dataset:
         - `splits`: in each the documents, tokens and bytes of text
         - `cleaning`: per step the documents changed and dropped, and the bytes removed; under `tokenizer` those
           that a loaded model normalises to nothing
+        - `augmented`: of the training documents the copies with another wording, by what made them, if any
         - `classes`: names of the classes, where documents are labelled with them
 
         and under `sources` the same of each source by its name (that of a single one is empty), with its `weight`.
@@ -116,6 +117,8 @@ class Dataset:
             "cleaning": {step: _added(source["cleaning"].get(step, {}) for source in every) for step in steps},
             "sources": sources,
         }
+        if augmented := [source["augmented"] for source in every if "augmented" in source]:
+            summary["augmented"] = _added(augmented)
         return summary | {"classes": self.classes} if self.classes else summary
 
     def documents(self, split: str = "train") -> Iterator[NDArray[np.int32]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ def finish(
     }
     if classes:
         manifest["classes"] = classes
+    augmented = Counter[str]()
+    for record in records:
+        augmented.update(record.get("augmented", {}))
+    if augmented:
+        manifest["augmented"] = dict(augmented)
     write_json(folder / "manifest.json", manifest | {"digest": digest_json(manifest)})
 
 

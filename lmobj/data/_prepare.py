@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lmobj._cache import cache_name, cache_root
+from lmobj.data._augment import open_augmenter
 from lmobj.data._cleaning import Cleaner
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
 from lmobj.data._config import DataConfig
@@ -40,7 +41,7 @@ from lmobj.data._progress import progress_bar
 from lmobj.data._runner import Runner, WorkerEndedError, run_here
 from lmobj.data._sampling import train_on_sample
 from lmobj.data._segmentation import Segmenter
-from lmobj.data._source_config import MixtureSource
+from lmobj.data._source_config import MixtureSource, ReplaySource, SingleSource, WeightedSource
 from lmobj.data._sources import open_corpus
 from lmobj.data._task_source_config import TaskSource
 from lmobj.data._tokenizer import Tokenizer
@@ -81,7 +82,7 @@ def prepare(config: DataConfig, *, quiet: bool = False, beam: Sequence[str] | No
         preparation = _Preparation(config, run, progress, quiet)
         tokenizer = preparation.tokenizer(list(corpora.values()))
         folders = {name: preparation.folder(corpus, tokenizer) for name, corpus in corpora.items()}
-        whole = dataclasses.replace(config, validation=0.0, test=0.0, clean=config.clean.one_by_one)
+        whole = dataclasses.replace(config, validation=0.0, test=0.0, clean=config.clean.one_by_one, augment=None)
         apart = _Preparation(whole, run, progress, quiet)
         held_out = {split: apart.folder(corpus, tokenizer) for split, corpus in _held_out(config, workers).items()}
     dataset = Dataset(folders, weights, held_out)
@@ -96,10 +97,20 @@ def _open_corpora(config: DataConfig, workers: int) -> tuple[dict[str, Corpus], 
         return {"": open_corpus(config.source, workers)}, {"": 1.0}
     sources = config.source.sources
     corpora = {
-        name: open_corpus(entry.source, workers, f"data.source.sources.{name}.source")
+        name: open_corpus(_found(name, entry), workers, f"data.source.sources.{name}.source")
         for name, entry in sources.items()
     }
     return corpora, {name: entry.weight for name, entry in sources.items()}
+
+
+def _found(name: str, entry: WeightedSource) -> SingleSource:
+    """The source of an entry of a mixture. UserError for one that no earlier run has told."""
+    if isinstance(entry.source, ReplaySource):
+        raise UserError(
+            f"data.source.sources.{name}.source.name is 'replay', and init.run names no run whose text that is; "
+            "accepted: init.run=RUN in a config file or beside it."
+        )
+    return entry.source
 
 
 def _held_out(config: DataConfig, workers: int) -> dict[str, Corpus]:
@@ -129,6 +140,7 @@ class _Preparation:
     def __init__(self, config: DataConfig, run: Runner, progress: Progress, quiet: bool):
         self._config, self._run, self._progress, self._quiet = config, run, progress, quiet
         self._cache = _cache_root(config)
+        self._augmenter = None if config.augment is None else open_augmenter(config.augment)
 
     def tokenizer(self, corpora: list[Corpus]) -> Tokenizer:
         """The tokenizer that is loaded, or trained on the training text of all corpora."""
@@ -163,6 +175,8 @@ class _Preparation:
             "tokenizer": tokenizer.fingerprint,
             "segment": _settings(self._config.segment),
         }
+        if self._augmenter is not None:
+            settings["augment"] = self._augmenter.identity
         key = digest_json(settings)
         folder = self._cache / "data" / key
         if not folder.exists():
@@ -199,7 +213,7 @@ class _Preparation:
         try:
             Segmenter(self._config.segment, tokenizer)  # raises here what it would raise in the workers
             _save(tokenizer, partial / "tokenizer.model")
-            work = WriteShards(self._selection(corpus), self._config.segment, partial)
+            work = WriteShards(self._selection(corpus), self._config.segment, partial, self._augmenter)
             records = list(self._tracked("tokenising", corpus, work))
             finish(partial, records, settings, self._config.clean.steps, corpus.key)
         except WorkerEndedError:
@@ -260,7 +274,16 @@ def _lock(path: Path, quiet: bool) -> Iterator[None]:
 
 def _check(config: DataConfig, dataset: Dataset) -> None:
     """Refuses data that cannot be trained on as configured."""
-    splits = dataset.summary()["splits"]
+    summary = dataset.summary()
+    splits = summary["splits"]
+    if config.augment is not None:
+        synonyms, paraphrases = config.augment.synonyms, config.augment.paraphrases
+        files = {"synonyms": ("synonyms.file", synonyms and synonyms.file), "paraphrases": ("paraphrases", paraphrases)}
+        for name in (name for name, count in summary["augmented"].items() if not count):
+            raise UserError(
+                f"data.augment.{files[name][0]} is {files[name][1]!r}, which gives no training document another "
+                "wording; accepted: a table of what stands in them."
+            )
     tokens = splits["train"]["tokens"]
     if tokens < config.length:
         raise UserError(

@@ -68,6 +68,8 @@ class Prepared:
             "splits": {name: {count: self.manifest["splits"][name][count] for count in counts} for name in SPLITS},
             "cleaning": self.manifest["cleaning"],
         }
+        if "augmented" in self.manifest:
+            summary["augmented"] = self.manifest["augmented"]
         return summary | {"classes": self.classes} if self.classes else summary
 
     def store(self, split: str) -> TokenStore:

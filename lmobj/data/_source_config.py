@@ -12,6 +12,7 @@ __all__ = [
     "JsonLines",
     "MixtureSource",
     "ParquetFiles",
+    "ReplaySource",
     "SeparatedValues",
     "SingleSource",
     "StdlibSource",
@@ -172,6 +173,23 @@ SingleSource = StdlibSource | TextFiles | JsonLines | ParquetFiles | SeparatedVa
 
 
 @dataclass(frozen=True)
+class ReplaySource:
+    """The text of the run in `init.run`, of which a share keeps a model from forgetting it (replay of earlier data).
+
+    When a config is read, that run's `data.source` is put in place of this; the sources of a mixture under NAME-SOURCE,
+    each with its share of the weight. `data.clean` and the shares that are held out are that run's where a config does
+    not give them, so that what was held out still is.
+
+    Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train Large Language Models".
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    name: Literal["replay"] = "replay"
+    """Selects this source."""
+
+
+@dataclass(frozen=True)
 class WeightedSource:
     """One source of a mixture."""
 
@@ -179,7 +197,7 @@ class WeightedSource:
 
     weight: float = 1.0
     """Share of the rows that come from this source, relative to the other weights; above 0."""
-    source: SingleSource = field(default_factory=StdlibSource)
+    source: SingleSource | ReplaySource = field(default_factory=StdlibSource)
     """Where the text comes from."""
 
     def __post_init__(self) -> None:

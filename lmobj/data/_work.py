@@ -7,6 +7,7 @@ none of it imports jax.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lmobj.data._augment import Augmenter
 from lmobj.data._cleaning import Cleaner, Counts, add_counts, dropped
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
 from lmobj.data._config import Shares
@@ -142,20 +144,24 @@ class WriteShards:
     """Tokenises a part into one shard per split that has documents in it; its record, written last, says so.
 
     The record of a part, in JSON: `last` (of its group), `skipped` (rows and files), `cleaning` (counts per step, and
-    under `tokenizer` those of documents that tokenise to nothing), `classes` (names that label ids of this part mean),
-    and per split its shard (`file`, `size`, `digest`, `records`), its index file with its size, and the counts.
+    under `tokenizer` those of documents that tokenise to nothing), `augmented` (copies added, by what made them),
+    `classes` (names that label ids of this part mean), and per split its shard (`file`, `size`, `digest`, `records`),
+    its index file with its size, and the counts.
     """
 
     selection: Selection
     segment: SegmentationConfig
     folder: Path
     """Holds tokenizer.model, and gets the shards."""
+    augmenter: Augmenter | None = None
+    """Makes the copies that follow each training document."""
 
     def __call__(self, part: Part) -> dict[str, Any]:
         tokenizer = _tokenizer(self.folder / "tokenizer.model")
         shards = _Shards(self.folder, part, tokenizer, self.segment)
         counts: Counts = {}
-        for batch in _batched(self.selection.documents(part, counts)):
+        augmented = Counter({} if self.augmenter is None else self.augmenter.kinds)
+        for batch in _batched(self._documents(part, counts, augmented)):
             texts = [text for _, document in batch for text in (document.text, document.pair) if text is not None]
             encoded = iter(tokenizer.encode_batch(texts))
             for split, document in batch:
@@ -164,9 +170,23 @@ class WriteShards:
                     shards.add(split, document, tokens)
                 else:  # a loaded model may normalise a text to nothing
                     add_counts(counts, {"tokenizer": dropped(document.text, document.pair)})
-        record = {"last": part.last, "skipped": part.skipped, "cleaning": counts, **shards.close()}
+        record = {
+            "last": part.last,
+            "skipped": part.skipped,
+            "cleaning": counts,
+            "augmented": augmented,
+            **shards.close(),
+        }
         write_json(self.folder / record_file(part.group, part.index), record)
         return record
+
+    def _documents(self, part: Part, counts: Counts, augmented: Counter[str]) -> Iterator[tuple[str, Document]]:
+        """(split, document) of each document that is kept, and of its copies."""
+        for split, document in self.selection.documents(part, counts):
+            yield split, document
+            if split == "train" and self.augmenter is not None:
+                for copy in self.augmenter(document, augmented):
+                    yield split, copy
 
     def finished(self, group: int, index: int) -> dict[str, Any] | None:
         try:

@@ -25,6 +25,7 @@ from lmobj.noise._permutation import (
 )
 from lmobj.noise._replaced_tokens import ReplacedTokens, mask_tokens_electra, replace_tokens
 from lmobj.noise._spans import MaskedSpans, mask_spans, span_budget
+from lmobj.noise._token_dropout import drop_tokens
 from lmobj.noise._whole_words import mask_whole_words
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PermutedTokens",
     "ReplacedTokens",
     "check_permutation",
+    "drop_tokens",
     "dropout",
     "fold_index",
     "fold_places",

@@ -44,6 +44,7 @@ class ExtractiveQA(TokenTask):
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] question [SEP] window of the context [SEP]; refuses a vocabulary without these tokens."""
         cls, sep = vocab.require(f"objective {self.name}", "cls", "sep")
+        self.check_dropout(vocab)
         return RowSpec("questions", length, (cls,), (sep,), ("spans",))
 
     def build_heads(self, style: HeadStyle, vocab: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
@@ -51,10 +52,10 @@ class ExtractiveQA(TokenTask):
         return TokenHead(style, 2, rngs)
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
-        """The rows as they are; both ends of each are predicted."""
+        """The rows as they are, or with tokens dropped; both ends of each are predicted."""
         there = row_weights(batch)[:, None]
         spans = jnp.where(there > 0, batch["spans"], 0)
-        return self.example(batch, spans, jnp.broadcast_to(there, spans.shape))
+        return self.example(self.dropped(keys, batch, ctx), spans, jnp.broadcast_to(there, spans.shape))
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the sum over both ends of all rows."""

@@ -69,9 +69,9 @@ class RelationClassification(TokenTask):
         return JoinedHead(style, 2, self.classes, rngs)
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
-        """The rows as they are; both opening markers of each predict its label."""
+        """The rows as they are, or with tokens dropped; both opening markers of each predict its label."""
         there = row_weights(batch)[:, None]
-        example = self.example(batch, batch["labels"][:, None], there)
+        example = self.example(self.dropped(keys, batch, ctx), batch["labels"][:, None], there)
         return dataclasses.replace(example, predict=jnp.where(there > 0, batch["spans"], 0))
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:

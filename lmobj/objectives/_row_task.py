@@ -13,8 +13,9 @@ from lmobj import masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import RowUse
-from lmobj.objectives._objective import Context, Example, Models, Objective, Role
+from lmobj.objectives._objective import Context, Example, Models, Role
 from lmobj.objectives._row_classes import row_weights
+from lmobj.objectives._token_dropout import DropsTokens
 from lmobj.objectives._tokens import hidden_states
 
 __all__ = ["RowTask"]
@@ -24,7 +25,7 @@ _POOLED_SITE = 200
 
 
 @dataclass(frozen=True)
-class RowTask(Objective):
+class RowTask(DropsTokens):
     """Base of the tasks on rows [CLS] A [SEP], or [CLS] A [SEP] B [SEP] where the data has a second text.
 
     The state of one token, or the mean of all, goes through dense and tanh, dropout, and a last dense layer (Devlin et
@@ -51,6 +52,7 @@ class RowTask(Objective):
     """Share of the pooled state that is dropped in training, in [0, 1)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key, accepted in (("attention", ("bidirectional", "causal")), ("pooling", ("first", "last", "mean"))):
             if getattr(self, key) not in accepted:
                 raise UserError(f"objective.{key} is {getattr(self, key)!r}; accepted: {', '.join(accepted)}.")
@@ -79,10 +81,12 @@ class RowTask(Objective):
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] A [SEP] and perhaps B [SEP], labelled; refuses a vocabulary without these tokens."""
         cls, sep = vocab.require(f"objective {self.name}", "cls", "sep")
+        self.check_dropout(vocab)
         return RowSpec("examples", length, (cls,), (sep,), (self.FIELD,))
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
-        """The rows as they are; one place of each of its parts says something of the label."""
+        """The rows as they are, or with tokens dropped; one place of each of its parts says something of the label."""
+        batch = self.dropped(keys, batch, ctx)
         labels, segments = batch[self.FIELD], batch["segment_ids"]
         inside = self.inside(segments)
         places = jnp.argmax(inside, axis=2)

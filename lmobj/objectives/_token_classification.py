@@ -54,6 +54,7 @@ class TokenClassification(TokenTask):
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
         """[CLS] sentence [SEP], tagged; refuses a vocabulary without these tokens."""
         cls, sep = vocab.require(f"objective {self.name}", "cls", "sep")
+        self.check_dropout(vocab)
         return RowSpec("tagged", length, (cls,), (sep,), ("tags",))
 
     def build_heads(self, style: HeadStyle, vocab: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
@@ -61,10 +62,10 @@ class TokenClassification(TokenTask):
         return TokenHead(style, self.classes, rngs)
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
-        """The rows as they are."""
+        """The rows as they are, or with tokens dropped."""
         tags = batch["tags"]
         tagged = (tags != NO_TAG) & (batch["segment_ids"] > 0)
-        return self.example(batch, jnp.where(tagged, tags, 0), tagged.astype(jnp.float32))
+        return self.example(self.dropped(keys, batch, ctx), jnp.where(tagged, tags, 0), tagged.astype(jnp.float32))
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the sum over tagged tokens."""

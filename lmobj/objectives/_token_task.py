@@ -13,7 +13,8 @@ from lmobj import masks, noise
 from lmobj.batch import Batch
 from lmobj.errors import UserError
 from lmobj.models import RowUse
-from lmobj.objectives._objective import Context, Example, Models, Objective, Role
+from lmobj.objectives._objective import Context, Example, Models, Role
+from lmobj.objectives._token_dropout import DropsTokens
 from lmobj.objectives._tokens import hidden_states
 
 __all__ = ["TokenTask"]
@@ -23,7 +24,7 @@ _STATES_SITE = 201
 
 
 @dataclass(frozen=True)
-class TokenTask(Objective):
+class TokenTask(DropsTokens):
     """Base of the tasks whose head is a linear map of tokens' states, after dropout."""
 
     roles: ClassVar[Mapping[str, Role]] = {"model": Role.TRAINABLE, "heads": Role.TRAINABLE}
@@ -40,6 +41,7 @@ class TokenTask(Objective):
     """Share of the states that is dropped in training, in [0, 1)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.attention not in ("bidirectional", "causal"):
             raise UserError(f"objective.attention is {self.attention!r}; accepted: bidirectional, causal.")
         if not 0 <= self.dropout < 1:
@@ -55,7 +57,7 @@ class TokenTask(Objective):
         return RowUse(length, 0, self.causal)
 
     def example(self, batch: Batch, targets: Int[Array, "B N"], weights: Float[Array, "B N"]) -> Example:
-        """The rows as they are, with what is to be told of them."""
+        """The rows given, with what is to be told of them."""
         mask = masks.causal() if self.causal else masks.bidirectional()
         types = batch.get("token_types") if self.token_types and not self.causal else None
         return Example(

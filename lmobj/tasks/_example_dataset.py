@@ -248,7 +248,7 @@ def read_examples(config: DataConfig, kind: Kind[E], source: TaskSource) -> Exam
 
 def _check_untouched(config: DataConfig) -> None:
     fresh = DataConfig()
-    for name in ("clean", "segment"):
+    for name in ("clean", "segment", "augment"):
         if getattr(config, name) != getattr(fresh, name):
             raise UserError(
                 f"data.{name} changes or divides texts, and data.source.name is {config.source.name!r}, whose labels "

@@ -56,6 +56,7 @@ from lmobj.train.sharding import (
     state_shardings,
 )
 from lmobj.train.step import Program, State, StepMetrics
+from lmobj.train.unfreezing import check_unfreezing, unfrozen_by_layer
 
 if TYPE_CHECKING:
     from lmobj.evaluate import GenerationConfig
@@ -306,21 +307,27 @@ class Assembly(Design):
         """What the person should know of the rows of a split: what did not fit."""
         return self.dataset.notes(self.spec, split)
 
-    def batches(self, split: str, *, start: int = 0, steps: int | None = None, whole: bool = False) -> Iterator[Any]:
+    def batches(
+        self, split: str, *, start: int = 0, steps: int | None = None, whole: bool = False, source: str | None = None
+    ) -> Iterator[Any]:
         """Batches of a split from step `start`; on the training split in this run's order, else each row once.
+
+        With `source` they are of that source alone, where the data is a mixture of some and the objective is of none.
 
         With several processes each reads its `local_rows` of every batch, or with `whole` all rows. A mixture's batches
         are dicts of batches by member.
         """
         local = dict.fromkeys(self.batch_sizes) if whole else self.local_rows
-        rows = {name: self._read_rows(name, split) for name in self._members}
+        rows = {name: self.read_rows(name, split, source) for name in self._members}
         if "" in rows:
             return rows[""].batches(start, steps, local[""])
         return together(rows, start=start, steps=steps, local=local)
 
-    def _read_rows(self, name: str, split: str) -> DataRows:
+    def read_rows(self, name: str, split: str, source: str | None = None) -> DataRows:
         """The rows of a split that a member of a mixture reads, or under no name those of the one batch."""
         spec, size = self._members[name], self.batch_sizes[name]
+        if source is not None:
+            spec = dataclasses.replace(spec, source=source)
         try:
             return self.dataset.rows(spec, split=split, seed=self.config.train.seed, batch_size=size)
         except UserError as error:
@@ -424,6 +431,7 @@ def design(
     axes = adapt.split(logical_axes(abstract), marks)[0]
     optimizer = make_optimizer(settings.optimizer, schedule, logical_axes=axes)
     optimizer = decayed_by_layer(optimizer, settings.layer_decay, axes)
+    optimizer = unfrozen_by_layer(optimizer, settings.unfreeze_every, axes)
     if isinstance(config.adapter, adapt.AdaLoRA):
         optimizer = allocating(optimizer, config.adapter)
     if settings.stochastic_rounding:
@@ -451,6 +459,7 @@ def design(
     key_data = program.key_data  # before the mesh is in force, whose devices may not be there
     with active(mesh, rules):
         shapes = jax.eval_shape(init, key_data, {})
+    check_unfreezing(settings.unfreeze_every, settings.steps, shapes.params, axes)
     if settings.stochastic_rounding:
         rounding.check_rounded(shapes.params)
     parameters = parameter_shardings(abstract, mesh, rules)

@@ -41,6 +41,9 @@ class TrainConfig:
     """The optimizer and its learning-rate schedule."""
     layer_decay: float = 1.0
     """Factor by which each layer learns more slowly than the one above it, in (0, 1]; for fine-tuning, 0.65 to 0.95."""
+    unfreeze_every: int | None = None
+    """For fine-tuning: train the heads alone at first, and one layer more from the top down every so many steps, the
+    embeddings last (gradual unfreezing); null: everything from the beginning."""
     stochastic_rounding: bool = False
     """With model.param_dtype bfloat16: optimizer state and updates in float32, and the new parameter rounded up or down
     at random, its expectation exact, so that small updates add up where rounding to nearest would lose them."""
@@ -81,6 +84,8 @@ class TrainConfig:
             raise UserError(f"train.seed is {self.seed}; accepted: a whole number of at most 64 bits, sign included.")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"train.layer_decay is {self.layer_decay}; accepted: above 0, at most 1.")
+        if self.unfreeze_every is not None and self.unfreeze_every < 1:
+            raise UserError(f"train.unfreeze_every is {self.unfreeze_every}; accepted: 1 or more steps, or null.")
         for name, most in (("steps", _MOST_STEPS), ("batch_size", _MOST_ROWS)):
             if getattr(self, name) > most:
                 raise UserError(f"train.{name} is {getattr(self, name)}; accepted: 1 to {most}.")

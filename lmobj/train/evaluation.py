@@ -1,4 +1,8 @@
-"""Evaluation on held-out rows: sums over the whole split, added on the host in float64 and divided once."""
+"""Evaluation on held-out rows: sums over the whole split, added on the host in float64 and divided once.
+
+Of data that is a mixture of sources, each is read by itself, so that there are figures of every source beside those of
+all: `new/nll` and `old/nll` beside `nll`. Rows and their noise are the same either way.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from lmobj._shares import share_out
+from lmobj.batch import RowSpec
 from lmobj.errors import UserError
 from lmobj.evaluate import TASK_METRICS, TASKS, Cloze, NGram, TaskReport, cloze_hits, task_report, unigram_top_k
 from lmobj.train import distributed
@@ -40,8 +46,21 @@ class Evaluation:
         """Whether the split holds any documents; without them there is nothing to evaluate on."""
         return self.run.dataset.summary()["splits"][self.split]["documents"] > 0
 
+    @functools.cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The sources that figures are given of; none where the data is no mixture, or the objective is one, carries a
+        memory from batch to batch, or is judged by a task's figures."""
+        run, found = self.run, self.run.dataset.summary()["sources"]
+        carries = jax.tree.leaves(run.abstract_state.objective.carried)
+        if len(found) < 2 or not isinstance(run.rows, RowSpec) or carries or run.objective.task is not None:
+            return ()
+        return tuple(name for name, source in found.items() if source["splits"][self.split]["documents"] > 0)
+
     def __call__(self, state: State, batches: int | None = None) -> dict[str, float]:
         """Metrics over the split, or over its first `batches` batches; each is one quotient of sums.
+
+        Of a mixture those batches are shared among the sources in proportion to their held-out rows, at least one each;
+        SOURCE/metric is that of one source.
 
         For an objective judged by it, `top5_accuracy` on masked words is among them.
         """
@@ -49,18 +68,22 @@ class Evaluation:
 
     def examine(self, state: State, batches: int | None = None) -> tuple[dict[str, float], TaskReport | None]:
         """The same metrics, and of tasks what is told of the split beside them. Every process calls it and has all."""
-        sums: dict[str, NDArray] = defaultdict(lambda: np.zeros(2))
+        by_source: dict[str, dict[str, NDArray]] = {name: defaultdict(_nothing) for name in ("", *self.sources)}
         outputs: list[dict[str, NDArray]] = []
         steps = self._steps(state, batches)
         for step, _ in itertools.pairwise(itertools.chain(steps, [None])):  # read while the device is at the next one
             assert step is not None
-            for name, pair in jax.device_get(step[0]).items():
-                sums[name] += np.asarray(pair, np.float64)
-            outputs.append(_rows_with_text(step[1]))
-        for name, epsilon in self.run.objective.epsilon.items():
-            if sums[TERM + name][1] > 0:
-                sums[TERM + name][1] += epsilon
-        metrics = readable(sums, self.run.coefficients(state.step))
+            for name, pair in jax.device_get(step[1]).items():
+                for source in {"", step[0]}:
+                    by_source[source][name] += np.asarray(pair, np.float64)
+            outputs.append(_rows_with_text(step[2]))
+        metrics: dict[str, float] = {}
+        for source, sums in by_source.items():
+            for name, epsilon in self.run.objective.epsilon.items():
+                if sums[TERM + name][1] > 0:
+                    sums[TERM + name][1] += epsilon
+            figures = readable(sums, self.run.coefficients(state.step))
+            metrics |= {f"{source}/{name}" if source else name: value for name, value in figures.items()}
         if self.cloze is not None and self.cloze.count:
             metrics["top5_accuracy"] = self._top5_accuracy(state, self.cloze)
         task, data = self.run.objective.task, self.run.dataset
@@ -79,18 +102,30 @@ class Evaluation:
         with active(run.mesh, run.rules):
             carried = run.abstract_state.objective.carried
             metrics, _, _ = jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)
-        known = [one for one in metrics if not one.startswith(TERM)]
+        known = [one for one in metrics if not one.startswith(TERM)] + ["loss"] + ["perplexity"] * ("nll" in metrics)
+        known += [f"{source}/{one}" for source in self.sources for one in known]
         known += TASK_METRICS[self.run.objective.task] if self.run.objective.task else ()
-        known += ["loss", self.run.objective.judged_by] + ["perplexity"] * ("nll" in metrics)
+        known.append(self.run.objective.judged_by)
         if self.has_text and name not in known:
             raise UserError(f"{key} is {name!r}; accepted: {', '.join(sorted(set(known)))}.")
 
-    def _steps(self, state: State, batches: int | None) -> Iterator[tuple[StepMetrics, dict[str, Any]]]:
-        """The metrics of each batch, and of tasks the outputs; what the objective carries goes from one to the next."""
+    def _steps(self, state: State, batches: int | None) -> Iterator[tuple[str, StepMetrics, dict[str, Any]]]:
+        """The source and metrics of each batch, and of tasks the outputs; what the objective carries goes from one to
+        the next."""
         carried = self.run.fresh_carried(state)
-        for batch in self.run.batches(self.split, steps=batches):
-            metrics, carried, outputs = self.run.eval_step(state, batch, carried)
-            yield metrics, outputs
+        for source, steps in self._batches_of(batches).items():
+            for batch in self.run.batches(self.split, steps=steps, source=source or None):
+                metrics, carried, outputs = self.run.eval_step(state, batch, carried)
+                yield source, metrics, outputs
+
+    def _batches_of(self, batches: int | None) -> dict[str, int | None]:
+        """How many batches of each source are read, None for all; under no name those of all sources together."""
+        if not self.sources:
+            return {"": batches}
+        whole = [self.run.read_rows("", self.split, name).steps_per_epoch for name in self.sources]
+        if batches is None or batches >= sum(whole):
+            return dict.fromkeys(self.sources)
+        return dict(zip(self.sources, share_out(whole, max(batches, len(whole))), strict=True))
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """What models without a network reach on the same held-out text, by the figure the objective is judged by."""
@@ -143,6 +178,11 @@ class Evaluation:
         arrays = (cloze.tokens, cloze.segment_ids, cloze.positions, cloze.where, cloze.answers)
         hits = _cloze_hits(self.run.program.graphs["model"], self.run.gathered(state)["model"], *arrays)
         return float(np.sum(hits)) / cloze.count
+
+
+def _nothing() -> NDArray[np.float64]:
+    """A sum and a weight that nothing was added to."""
+    return np.zeros(2)
 
 
 def _rows_with_text(outputs: Mapping[str, Any]) -> dict[str, NDArray]:
