@@ -19,6 +19,7 @@ and on request, where examples have them:
     scores        [B]    float32 number that labels the example
     tags          [B, L] int32   class of the token, NO_TAG where it has none
     spans         [B, 2] int32   positions of two tokens: the first and last of an answer
+    text_ids      [B, T] int32   which text each segment of the row is: equal texts of a split have equal ids
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ LABEL_FIELDS = {"labels": "int32", "scores": "float32"}
 """Fields of a RowSpec that are stored with documents, one per row, and their types."""
 NO_TAG = -1
 """In `tags`: a token that has none."""
-Layout = Literal["packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions"]
+Layout = Literal["packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions", "texts"]
 Pairing = Literal["next_sentence", "sentence_order"]
 
 
@@ -102,13 +103,14 @@ class RowSpec:
       continues the same text, so that a carried memory stays with its text; `examples`: one document per row, one
       text or a pair of texts, cut to fit; `stream_pairs`: a stream whose rows are `reuse` tokens of the text, then two
       stretches A and B of what follows, of which the next row's `reuse` tokens are the first (XLNet); `tagged`: one
-      sentence of tagged words per row, cut to fit; `questions`: a question and a window of its context per row.
+      sentence of tagged words per row, cut to fit; `questions`: a question and a window of its context per row;
+      `texts`: a query, a text that belongs to it and perhaps some that do not, each a segment of its own.
     length: raw tokens in a row, special tokens included.
     prefix, suffix: special ids put before and after each document (`packed`, `stream`) or each piece (`single`).
-      For `pairs`, `examples` and `questions` the prefix opens the row and the suffix closes both A and B; for
-      `stream_pairs` the suffix is (SEP, CLS), of which SEP closes A and both close B.
+      For `texts` they stand around each. For `pairs`, `examples` and `questions` the prefix opens the row and the
+      suffix closes both A and B; for `stream_pairs` the suffix is (SEP, CLS), of which SEP closes A and both close B.
     fields: further arrays wanted: `word_starts`, `token_bytes`, and where examples have them `labels`, `scores`,
-      `tags`, `spans`.
+      `tags`, `spans`, `text_ids`.
     pairing: of `pairs`; what label 1 means: `next_sentence`: B is from another document (BERT); `sentence_order`: A
       and B are swapped (ALBERT).
     short_rate: of `pairs`; share of rows that are made shorter than `length`, by a length drawn evenly (BERT: 0.1).
@@ -116,6 +118,7 @@ class RowSpec:
     bidirectional: of `stream` and `stream_pairs`; the second half of a source's streams reads its text backwards.
     source: name of the source that the rows come from, where the data is a mixture of some; None: from all of them.
     two_texts: of `examples`; every document must be a pair of texts.
+    texts: of `texts`; how many a row has room for, the query included.
     """
 
     layout: Layout
@@ -128,6 +131,7 @@ class RowSpec:
     reuse: int = 0
     bidirectional: bool = False
     two_texts: bool = False
+    texts: int = 0
     source: str | None = None
 
 
@@ -154,6 +158,7 @@ def row_arrays(spec: RowSpec) -> dict[str, RowArray]:
         "token_bytes": RowArray("int32", token),
         "tags": RowArray("int32", token),
         "spans": RowArray("int32", (2,)),
+        "text_ids": RowArray("int32", (spec.texts,)),
         **{name: RowArray(dtype, ()) for name, dtype in LABEL_FIELDS.items()},
     }
     return arrays | {name: asked[name] for name in spec.fields}

@@ -6,6 +6,7 @@ from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._masked_lm import MaskedLM
+from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._regression import Regression
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
@@ -20,6 +21,7 @@ SingleObjective = (
     CausalLM
     | Classification
     | ExtractiveQA
+    | InBatchContrastive
     | MaskedLM
     | NextSentencePrediction
     | PermutationLM
@@ -29,4 +31,5 @@ SingleObjective = (
     | SpanBoundary
     | TokenClassification
     | TransformerXL
+    | Triplet
 )

@@ -41,9 +41,14 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
         batch["pair_labels"] = (np.arange(rows) % 2).astype(np.int32)
     if spec.bidirectional:
         batch["backward"] = np.arange(rows) >= rows // 2
+    if spec.layout == "texts":
+        segments, positions = _texts(spec)
+        batch |= {"segment_ids": np.tile(segments, (rows, 1)), "positions": np.tile(positions, (rows, 1))}
     for name in spec.fields:
         if name in LABEL_FIELDS:  # two classes, which every objective with classes has
             batch[name] = (np.arange(rows) % 2).astype(LABEL_FIELDS[name])
+        elif name == "text_ids":  # no two texts are equal
+            batch[name] = np.arange(rows * spec.texts, dtype=np.int32).reshape(rows, spec.texts)
         elif name == "word_starts":
             batch[name] = (special >= 0) | (rng.random(shape) < 0.7)
         else:
@@ -59,6 +64,11 @@ def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     if spec.layout in ("packed", "single", "stream"):
         inside = [-1] * (length - len(prefix) - len(suffix))
         return np.array(prefix + inside + suffix, np.int32), types
+    if spec.layout == "texts":
+        _, positions = _texts(spec)
+        sizes = np.diff(np.flatnonzero([*(positions == 0), True]))
+        texts = (prefix + [-1] * (size - len(prefix) - len(suffix)) + suffix for size in sizes)
+        return np.array([token for text in texts for token in text], np.int32), types
     if spec.layout == "stream_pairs":
         before, after_first = [-1] * spec.reuse, suffix[:1]
     else:
@@ -69,3 +79,10 @@ def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     if spec.layout == "stream_pairs":
         types[-1] = 2
     return np.array(first + [-1] * (text - text // 2) + suffix, np.int32), types
+
+
+def _texts(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Of a row of texts as long as one another: the segment and the position of each place."""
+    starts = spec.length * np.arange(spec.texts) // spec.texts
+    segments = np.searchsorted(starts, np.arange(spec.length), side="right").astype(np.int32)
+    return segments, (np.arange(spec.length) - starts[segments - 1]).astype(np.int32)

@@ -64,6 +64,7 @@ _DASHES: tuple[Any, ...] = ((0, (1, 1.6)), (0, (4, 2)), (0, (7, 2, 1.5, 2)), (0,
 _QUANTITIES = {
     "bits_per_byte": ("Bits per byte", "held-out bits per byte", "lower"),
     "top5_accuracy": ("Top-5 accuracy", "held-out top-5 accuracy", "higher"),
+    "mrr_at_10": ("MRR@10", "held-out MRR@10", "higher"),
     "accuracy": ("Accuracy", "held-out accuracy", "higher"),
     "mse": ("Squared error", "held-out squared error", "lower"),
     "perplexity": ("Perplexity", "held-out perplexity", "lower"),
