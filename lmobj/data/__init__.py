@@ -27,7 +27,14 @@ from lmobj.data._source_config import (
     TfdsSource,
     WeightedSource,
 )
-from lmobj.data._task_source_config import ConllFiles, SquadFiles, TaggedSubwords, TagScheme, TaskSource
+from lmobj.data._task_source_config import (
+    ConllFiles,
+    RetrievalFiles,
+    SquadFiles,
+    TaggedSubwords,
+    TagScheme,
+    TaskSource,
+)
 from lmobj.data._text_rows import TextRows, text_rows
 from lmobj.data._tokenizer import Tokenizer, train_tokenizer
 
@@ -53,6 +60,7 @@ __all__ = [
     "MixtureSource",
     "NearDuplicates",
     "ParquetFiles",
+    "RetrievalFiles",
     "Rows",
     "SegmentationConfig",
     "SentencePieceConfig",

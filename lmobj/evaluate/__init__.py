@@ -42,7 +42,7 @@ from lmobj.evaluate._pictures import (
     save_picture,
 )
 from lmobj.evaluate._resampling import PairedBootstrap, SeedSpread, paired_bootstrap, seed_spread
-from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
+from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, relevant_ranks, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task_report
 from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
@@ -109,6 +109,7 @@ __all__ = [
     "output_logits",
     "paired_bootstrap",
     "read_picture",
+    "relevant_ranks",
     "repeated_share",
     "repetition_penalty",
     "sample",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lmobj.evaluate._answer_report import EXTRACTIVE_QA
 from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
+from lmobj.evaluate._search_report import RETRIEVAL
 from lmobj.evaluate._tag_report import TOKEN_CLASSIFICATION
 from lmobj.evaluate._task_report import TaskKind, TaskReport
 from lmobj.objectives import Task
@@ -22,6 +23,7 @@ TASKS: dict[Task, TaskKind] = {
     "classification": CLASSIFICATION,
     "extractive_qa": EXTRACTIVE_QA,
     "regression": REGRESSION,
+    "retrieval": RETRIEVAL,
     "token_classification": TOKEN_CLASSIFICATION,
 }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lmobj.data import ConllFiles, DataConfig, Dataset, SquadFiles, TaskSource, prepare
+from lmobj.data import ConllFiles, DataConfig, Dataset, RetrievalFiles, SquadFiles, TaskSource, prepare
 from lmobj.errors import UserError
 from lmobj.tasks._example_dataset import ExampleDataset, Kind, read_examples
 from lmobj.tasks._question_examples import QuestionExamples
+from lmobj.tasks._retrieval_examples import RetrievalExamples
 from lmobj.tasks._tagged_examples import TaggedExamples
 
 __all__ = ["AnyDataset", "prepare_any"]
@@ -36,5 +37,7 @@ def prepare_any(config: DataConfig, *, quiet: bool = False, beam: Sequence[str] 
 def _kind(source: TaskSource) -> Kind[Any]:
     if isinstance(source, ConllFiles):
         return TaggedExamples(source)
+    if isinstance(source, RetrievalFiles):
+        return RetrievalExamples(source)
     assert isinstance(source, SquadFiles)
     return QuestionExamples(source)
