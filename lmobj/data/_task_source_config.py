@@ -118,8 +118,8 @@ class SquadFiles:
 class RetrievalFiles:
     """Queries, each with a text that belongs to it and perhaps some that do not (hard negatives).
 
-    A query with several texts stands in as many rows. Splits by share keep all rows of a text together, so that held-out
-    texts are new; texts of held-out rows, hard negatives included, are what is searched in evaluation.
+    A query with several texts stands in as many rows. Splits by share keep all rows of a text together, so that texts
+    that are held out are new; in evaluation the texts of a split are searched, its hard negatives included.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -144,7 +144,8 @@ class RetrievalFiles:
     """Column that holds texts that do not belong to it: in JSON one or a list, in a cell one. Rows may lack it; of each
     the first so many are read that the objective asks for."""
     max_query: int = 32
-    """Most tokens of a query, without special ones; at least 1. The other texts share the rest of `data.length` evenly."""
+    """Most tokens of a query, without special ones; at least 1. The other texts have equal shares of the rest of
+    `data.length`."""
     errors: Literal["strict", "skip"] = "strict"
     """Rows without query and text: `strict` stops and names the first, `skip` leaves them out and counts them."""
 
@@ -159,13 +160,13 @@ class RetrievalFiles:
             raise UserError(
                 f"data.source.query, positive and negatives are {', '.join(map(repr, names))}; accepted: three columns."
             )
-        if len(self.separator) != 1 or self.separator in '\r\n':
+        if len(self.separator) != 1 or self.separator in "\r\n":
             raise UserError(f"data.source.separator is {self.separator!r}; accepted: one character, a tab say.")
         if self.columns is not None:
             if self.lines != "tsv":
                 raise UserError(
-                    f"data.source.columns is {list(self.columns)}, and data.source.lines is 'jsonl', whose objects name "
-                    "their own; accepted: data.source.lines=tsv, or no columns."
+                    f"data.source.columns is {list(self.columns)}, and data.source.lines is 'jsonl', whose objects "
+                    "name their own; accepted: data.source.lines=tsv, or no columns."
                 )
             missing = [name for name in names[:2] if name not in self.columns]
             if missing or len(set(self.columns)) < len(self.columns):

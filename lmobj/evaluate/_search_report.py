@@ -19,6 +19,8 @@ _CHUNK = 512
 """Queries whose similarities to all texts are in memory at once."""
 _K1, _B = 1.2, 0.75
 """Of BM25: how soon further occurrences of a word count less, and how much a text's length counts."""
+_TIES = 1e-9
+"""Texts that hold the same words of a query are in random order: last, as an own text is put, would be below chance."""
 _WORDS = r"(?u)[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
 """Words, and single characters of Chinese and Japanese, which put no spaces between words."""
 
@@ -121,7 +123,13 @@ def _gain(ranks: Sequence[int], k: int) -> float:
 def _baselines(trained: RetrievalReference, held_out: RetrievalReference) -> dict[str, dict[str, float]]:
     """A search by words, and one that knows nothing; neither has learnt from the training split."""
     search = _Search.among(held_out.ids)
-    ranks, _ = _ranked(search, _bm25(search, held_out.texts))
+    bm25, draw = _bm25(search, held_out.texts), np.random.default_rng(0)
+
+    def scores(part: slice) -> NDArray:
+        found = bm25(part)
+        return found + _TIES * draw.random(found.shape)
+
+    ranks, _ = _ranked(search, scores)
     counts = [len(own) for own in search.relevant]
     return {"BM25": _figures(ranks), "chance": _chance(counts, len(search.texts))}
 

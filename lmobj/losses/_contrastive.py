@@ -37,9 +37,9 @@ def info_nce(
     Raises:
       UserError: shapes or types that do not fit, or a temperature out of range.
 
-    Source: van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", eq. 4; with negatives
-    from the batch Karpukhin et al. 2020, "Dense Passage Retrieval for Open-Domain Question Answering", eq. 2; with a
-    temperature Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", eq. 1.
+    Source: van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", eq. 4; with
+    negatives from the batch Karpukhin et al. 2020, "Dense Passage Retrieval for Open-Domain Question Answering", eq. 2;
+    with a temperature Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", eq. 1.
     """
     return nll(similarity_stats(similarity, targets, temperature=temperature, candidates=candidates))
 

@@ -1,7 +1,7 @@
 """Distances between vectors, and losses that want one of two distances larger than the other by a margin.
 
-All are computed in `promote_types(dtype, float32)` over the last axis, unreduced, and have finite gradients where vectors
-are zero or coincide, too.
+All are computed in `promote_types(dtype, float32)` over the last axis, unreduced, and have finite gradients where
+vectors are zero or coincide, too.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def squared_euclidean_triplet_loss(
     Raises:
       UserError: the last axes differ, or the margin is out of range.
 
-    Source: Schroff et al. 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", eq. 2, there of unit
-    vectors with margin 0.2.
+    Source: Schroff et al. 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", eq. 2, there of
+    unit vectors with margin 0.2.
     """
     name = "squared_euclidean_triplet_loss"
     _check_margin(name, margin)

@@ -3,9 +3,9 @@
     in batch:  L = - sum_b v_b log( exp(s_bb / tau) / sum_{c in C_b} exp(s_bc / tau) ) / sum_b v_b
     triplet:   L = sum_(b,n) v_bn max(0, d(q_b, p_b) - d(q_b, n) + margin) / sum_(b,n) v_bn
 
-where s_bc = e(q_b) . e(c), C_b holds the texts of all rows of the global batch, hard negatives included, and v = 1 where
-there are texts. Every text goes through the model by itself: the texts of a row are packed segments. Query and text have
-the same model.
+where s_bc = e(q_b) . e(c), C_b holds the texts of all rows of the global batch, hard negatives included, and v = 1
+where there are texts. Every text goes through the model by itself: the texts of a row are packed segments. Query and
+text have the same model.
 
 In-batch negatives: Karpukhin et al. 2020, "Dense Passage Retrieval for Open-Domain Question Answering", section 3.2.
 Triplets: Schroff et al. 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", section 3.1; Reimers
@@ -63,8 +63,8 @@ class _BiEncoder(Objective):
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether tokens see their whole text, or what is before them, as a decoder was trained to."""
     pooling: Pooling = "mean"
-    """A text's vector: the state of its first token (DPR), the mean over its tokens (Sentence-BERT), or the state of its
-    last."""
+    """A text's vector: the state of its first token (DPR), the mean over its tokens (Sentence-BERT), or the state of
+    its last."""
 
     def __post_init__(self) -> None:
         for key, accepted in (("attention", ("bidirectional", "causal")), ("pooling", ("first", "mean", "last"))):
@@ -119,8 +119,8 @@ class InBatchContrastive(_BiEncoder):
     are texts equal to its own, and the texts of rows whose query is equal: the data says that they belong to it. Texts
     are equal where the files spell them alike (`text_ids`).
 
-    The loss and its gradient are those of the global batch on any mesh, and under `train.accumulate` too: a forward pass
-    gives the vectors of all texts, with which each microbatch finds its share of the gradient.
+    The loss and its gradient are those of the global batch on any mesh, and under `train.accumulate` too: a forward
+    pass gives the vectors of all texts, with which each microbatch finds its share of the gradient.
 
     Metrics: `accuracy`, how often the query's text is the first of its candidates. Evaluation adds figures of a search
     among all texts of the split; with `train.evaluate_batches`, among those of so many batches, which is easier.
@@ -230,11 +230,11 @@ class InBatchContrastive(_BiEncoder):
 class Triplet(_BiEncoder):
     """Keep hard negatives farther from a query than its text, by a margin (`data.source: {name: retrieval}`).
 
-    Vectors are unit vectors, as FaceNet's. The loss is a mean over triplets: one for each hard negative, and none of rows
-    without.
+    Vectors are unit vectors, as FaceNet's. The loss is a mean over triplets: one for each hard negative, and none of
+    rows without.
 
-    Metrics: `accuracy`, the share of triplets whose text is nearer to the query than the negative. Evaluation adds those
-    of a search, as with `in_batch_contrastive`.
+    Metrics: `accuracy`, the share of triplets whose text is nearer to the query than the negative. Evaluation adds
+    those of a search, as with `in_batch_contrastive`.
     """
 
     summary: ClassVar[str] = "Keep a query nearer to its text than to others, by a margin (triplet loss)."

@@ -56,9 +56,7 @@ class RetrievalExamples(Kind[MatchedTexts]):
                 yield self._example(where, _parsed(where, line) if names is None else self._cells(where, line, names))
             except UserError as error:
                 if self.source.errors == "strict":
-                    raise UserError(
-                        f"data.source: {error} To leave out such rows: data.source.errors=skip."
-                    ) from None
+                    raise UserError(f"data.source: {error} To leave out such rows: data.source.errors=skip.") from None
                 yield None
 
     def _lines(self, file: str) -> Iterator[tuple[str, str, tuple[str, ...] | None]]:
@@ -91,9 +89,10 @@ class RetrievalExamples(Kind[MatchedTexts]):
         for key, text in ((source.query, query), (source.positive, positive)):
             if not text.strip():
                 raise UserError(f"{where} has a blank text under {key!r}; accepted: text.")
-        given = row.get(source.negatives)
-        negatives = [] if given is None else field(where, row, source.negatives, str | list, "a text or a list of texts")
-        negatives = [negatives] if isinstance(negatives, str) else negatives
+        given: Any = []
+        if row.get(source.negatives) is not None:
+            given = field(where, row, source.negatives, str | list, "a text or a list of texts")
+        negatives = [given] if isinstance(given, str) else given
         if not all(isinstance(text, str) for text in negatives):
             raise UserError(f"{where} has more than texts under {source.negatives!r}; accepted: a list of texts.")
         return MatchedTexts(query, positive, tuple(text for text in negatives if text.strip()))
@@ -115,14 +114,15 @@ class RetrievalExamples(Kind[MatchedTexts]):
         if room < 1:
             least = source.max_query + specials + (spec.texts - 1) * (specials + 1)
             raise UserError(
-                f"data.length is {spec.length}, which leaves no room for {spec.texts - 1} texts beside a query of up to "
-                f"{source.max_query} tokens (data.source.max_query); accepted: {least} or more, or a smaller max_query."
+                f"data.length is {spec.length}, which leaves no room for {spec.texts - 1} texts beside a query of up "
+                f"to {source.max_query} tokens (data.source.max_query); accepted: {least} or more, or a smaller max_query."
             )
         needed = spec.texts > 2 and key == "data.source"  # held-out files may do without
         if needed and not any(example.negatives for example in examples):
             raise UserError(
                 f"objective.negatives is {spec.texts - 2}, and no row of {key} has any under "
-                f"data.source.negatives={source.negatives!r}; accepted: a column that has some, or an objective without."
+                f"data.source.negatives={source.negatives!r}; accepted: a column that has some, or an objective that "
+                "asks for none."
             )
         every = tuple(dict.fromkeys(text for example in examples for text in example.texts[: spec.texts]))
         number = {text: index for index, text in enumerate(every)}
