@@ -114,8 +114,9 @@ class RetrievalExamples(Kind[MatchedTexts]):
         if room < 1:
             least = source.max_query + specials + (spec.texts - 1) * (specials + 1)
             raise UserError(
-                f"data.length is {spec.length}, which leaves no room for {spec.texts - 1} texts beside a query of up "
-                f"to {source.max_query} tokens (data.source.max_query); accepted: {least} or more, or a smaller max_query."
+                f"data.length is {spec.length}, which leaves no room for {spec.texts - 1} texts beside a query of "
+                f"up to {source.max_query} tokens (data.source.max_query); accepted: {least} or more, or a smaller "
+                "data.source.max_query."
             )
         needed = spec.texts > 2 and key == "data.source"  # held-out files may do without
         if needed and not any(example.negatives for example in examples):

@@ -36,7 +36,7 @@ def texts(ids: list[list[int]], sizes: list[list[int]]) -> dict[str, Any]:
         which = np.repeat(np.arange(len(lengths)), lengths)
         tokens[row, : len(which)] = np.asarray(ids[row])[which] + 1
         segments[row, : len(which)] = which + 1
-        positions[row, : len(which)] = np.concatenate([np.arange(n) for n in lengths])
+        positions[row, : len(which)] = np.concatenate([np.arange(n) for n in [0, *lengths]])
     arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "text_ids": np.asarray(ids)}
     rows = np.arange(len(ids))
     return {name: jnp.asarray(x, jnp.int32) for name, x in arrays.items()} | {
@@ -79,9 +79,9 @@ def nll(similarities: list[float]) -> float:
 
 
 def test_candidates_by_hand() -> None:
-    # Text t has the vector (t + 1, 1), so query q and text t the similarity (q + 1)(t + 1) + 1. Query 0 is to find text 1
-    # among 1, 2, 3 and 5, since the second 1 is its own text again, and query 4 likewise; query 6 text 5 among 5, 1, 1, 2
-    # and 3. The empty row is nowhere.
+    # Text t has the vector (t + 1, 1), so query q and text t the similarity (q + 1)(t + 1) + 1. Query 0 is to find text
+    # 1 among 1, 2, 3 and 5, since the second 1 is its own text again, and query 4 likewise; query 6 text 5 among 5, 1,
+    # 1, 2 and 3. The empty row is nowhere.
     terms, loss = found(DOT, batch())
     s = lambda q, *each: [(q + 1) * (t + 1) + 1.0 for t in each]  # noqa: E731
     expected = [nll(s(0, 1, 2, 3, 5)), nll(s(4, 1, 2, 3, 5)), nll(s(6, 5, 1, 1, 2, 3))]
@@ -101,8 +101,8 @@ def test_texts_of_equal_queries_are_no_negatives() -> None:
 
 
 def test_both_directions_and_cosines_by_hand() -> None:
-    # Backwards: text 1 of row 0 looks for query 0 among 0 and 6, since query 4 has the same text; row 1 for 4 among 4 and
-    # 6; row 2 for 6 among 6, 0 and 4. Vectors are (t + 1, 1) / sqrt((t + 1)^2 + 1), the temperature is 1/2.
+    # Backwards: text 1 of row 0 looks for query 0 among 0 and 6, since query 4 has the same text; row 1 for 4 among 4
+    # and 6; row 2 for 6 among 6, 0 and 4. Vectors are (t + 1, 1) / sqrt((t + 1)^2 + 1), the temperature is 1/2.
     objective = dataclasses.replace(DOT, normalise=True, temperature=0.5, symmetric=True)
     _, loss = found(objective, batch())
 
