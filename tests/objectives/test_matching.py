@@ -169,8 +169,7 @@ def test_a_text_is_read_by_itself_and_whole() -> None:
     noise_keys, ctx = context(rows)
     config = EncoderConfig(layers=2, width=8, heads=2, max_length=count * length, vocab_multiple=1, init_std=0.3)
     graph, state = nnx.split(config.build(VOCAB, nnx.Rngs(params=0)))
-    objective = dataclasses.replace(DOT, pooling="mean")
-    example = objective.corrupt(noise_keys, rows, ctx)
+    example = DOT.corrupt(noise_keys, rows, ctx)
     example = dataclasses.replace(example, positions=jnp.arange(count * length).reshape(count, length))
 
     @jax.jit
@@ -178,7 +177,7 @@ def test_a_text_is_read_by_itself_and_whole() -> None:
         def first_number(table: Any) -> Any:
             params = nnx.to_pure_dict(state)
             params["embeddings"]["positions"]["table"] = table
-            return objective.embed({"model": nnx.merge(graph, params)}, example, ctx)[row, text, 0]
+            return DOT.embed({"model": nnx.merge(graph, params)}, example, ctx)[row, text, 0]
 
         gradient = jax.grad(first_number)(nnx.to_pure_dict(state)["embeddings"]["positions"]["table"])
         return jnp.linalg.norm(gradient, axis=-1).reshape(count, length)
@@ -196,7 +195,7 @@ def test_rows_asked_for() -> None:
     objective = dataclasses.replace(DOT, attention="causal", pooling="last")
     objective.terms({"model": model}, objective.corrupt(noise_keys, batch(), ctx), (), ctx)
     assert model.given["mask"].causal
-    assert objective.use(32) == (32, 0, True)
+    assert objective.use(32)[:3] == (32, 0, True)
 
 
 def test_what_cannot_be_done_is_refused() -> None:
