@@ -56,7 +56,7 @@ EXPECTED = {
     # Three classes, as many pairs of each.
     "classification": Expected("accuracy", above=0.9),
     "regression": Expected("mse", below=0.15),  # a tenth of the variance, 6/4
-    "matching": Expected("mrr_at_10", above=0.6),  # BM25 reaches 0.35
+    "matching": Expected("mrr_at_10", above=0.6),  # BM25 reaches 0.31
     "mixture": Expected("lm/nll", below=6.264),
     "next_sentence": Expected("nll", below=6.264),
     "sentence_order": Expected("nll", below=6.264),
