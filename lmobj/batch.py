@@ -21,6 +21,7 @@ and on request, where examples have them:
     tags          [B, L] int32   class of the token, NO_TAG where it has none
     spans         [B, 2] int32   positions of two tokens: the first and last of an answer, or those that open the marked
                                  entities, head and tail
+    text_ids      [B, T] int32   which text each segment of the row is: equal texts of a split have equal ids
 """
 
 from __future__ import annotations
@@ -53,7 +54,17 @@ LABEL_FIELDS = ("labels", "scores", "label_sets")
 NO_TAG = -1
 """In `tags`: a token that has none."""
 Layout = Literal[
-    "packed", "pairs", "stream", "single", "examples", "stream_pairs", "tagged", "questions", "choices", "relations"
+    "packed",
+    "pairs",
+    "stream",
+    "single",
+    "examples",
+    "stream_pairs",
+    "tagged",
+    "questions",
+    "choices",
+    "relations",
+    "texts",
 ]
 Pairing = Literal["next_sentence", "sentence_order"]
 
@@ -108,14 +119,15 @@ class RowSpec:
       stretches A and B of what follows, of which the next row's `reuse` tokens are the first (XLNet); `tagged`: one
       sentence of tagged words per row, cut to fit; `questions`: a question and a window of its context per row;
       `choices`: a context before each of at most `classes` choices per row, as segments 1, 2, ...; `relations`: a text
-      with two marked entities per row, cut to a window that holds both.
+      with two marked entities per row, cut to a window that holds both; `texts`: a query, a text that belongs to it
+      and perhaps some that do not, each a segment of its own.
     length: raw tokens in a row, special tokens included.
     prefix, suffix: special ids put before and after each document (`packed`, `stream`) or each piece (`single`).
-      For `pairs`, `examples` and `questions` the prefix opens the row and the suffix closes both A and B, and so
-      for `choices` of each segment; for `stream_pairs` the suffix is (SEP, CLS), of which SEP closes A and both
-      close B.
+      For `texts` they stand around each. For `pairs`, `examples` and `questions` the prefix opens the row and the
+      suffix closes both A and B, and so for `choices` of each segment; for `stream_pairs` the suffix is (SEP, CLS), of
+      which SEP closes A and both close B.
     fields: further arrays wanted: `word_starts`, `token_bytes`, and where examples have them `labels`, `scores`,
-      `label_sets`, `tags`, `spans`.
+      `label_sets`, `tags`, `spans`, `text_ids`.
     pairing: of `pairs`; what label 1 means: `next_sentence`: B is from another document (BERT); `sentence_order`: A
       and B are swapped (ALBERT).
     short_rate: of `pairs`; share of rows that are made shorter than `length`, by a length drawn evenly (BERT: 0.1).
@@ -124,6 +136,7 @@ class RowSpec:
     source: name of the source that the rows come from, where the data is a mixture of some; None: from all of them.
     two_texts: of `examples`; every document must be a pair of texts.
     classes: of `label_sets` and `choices`; how many there are to tell apart, C.
+    texts: of `texts`; how many a row has room for, the query included.
     """
 
     layout: Layout
@@ -136,6 +149,7 @@ class RowSpec:
     reuse: int = 0
     bidirectional: bool = False
     two_texts: bool = False
+    texts: int = 0
     source: str | None = None
     classes: int = 0
 
@@ -166,6 +180,7 @@ def row_arrays(spec: RowSpec) -> dict[str, RowArray]:
         "labels": RowArray("int32", ()),
         "scores": RowArray("float32", ()),
         "label_sets": RowArray("float32", (spec.classes,)),
+        "text_ids": RowArray("int32", (spec.texts,)),
     }
     return arrays | {name: asked[name] for name in spec.fields}
 

@@ -15,6 +15,7 @@ __all__ = [
     "ChoiceFiles",
     "ConllFiles",
     "RelationFiles",
+    "RetrievalFiles",
     "SquadFiles",
     "TagScheme",
     "TaggedSubwords",
@@ -173,7 +174,69 @@ class RelationFiles:
                 )
 
 
-TaskSource = ConllFiles | SquadFiles | ChoiceFiles | RelationFiles
+@dataclass(frozen=True)
+class RetrievalFiles:
+    """Queries, each with a text that belongs to it and perhaps some that do not (hard negatives).
+
+    A query with several texts stands in as many rows. Splits by share keep all rows of a text together, so that texts
+    that are held out are new; in evaluation the texts of a split are searched, its hard negatives included.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    layout: ClassVar[Layout] = "texts"
+    holds: ClassVar[str] = "queries and texts that belong to them"
+
+    name: Literal["retrieval"] = "retrieval"
+    """Selects this source."""
+    files: tuple[str, ...] = ()
+    """Paths, glob patterns (`**` crosses folders) or fsspec URLs; each must match at least one file."""
+    lines: Literal["jsonl", "tsv"] = "jsonl"
+    """What stands on a line: a JSON object, or cells with a separator between."""
+    columns: tuple[str, ...] | None = None
+    """Of tsv: names of the columns, of files that do not have them in their first line; absent: they are there."""
+    separator: str = "\t"
+    """Of tsv: the character between two cells."""
+    query: str = "query"
+    """Column that holds the query."""
+    positive: str = "positive"
+    """Column that holds the text that belongs to it."""
+    negatives: str = "negatives"
+    """Column that holds texts that do not belong to it: in JSON one or a list, in a cell one. Rows may lack it; of each
+    the first so many are read that the objective asks for."""
+    max_query: int = 32
+    """Most tokens of a query, without special ones; at least 1. The other texts have equal shares of the rest of
+    `data.length`."""
+    errors: Literal["strict", "skip"] = "strict"
+    """Rows without query and text: `strict` stops and names the first, `skip` leaves them out and counts them."""
+
+    def __post_init__(self) -> None:
+        check_files(self.files)
+        check_choice("data.source.lines", self.lines, ("jsonl", "tsv"))
+        check_choice("data.source.errors", self.errors, ("strict", "skip"))
+        if self.max_query < 1:
+            raise UserError(f"data.source.max_query is {self.max_query}; accepted: 1 or more tokens.")
+        names = (self.query, self.positive, self.negatives)
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"data.source.query, positive and negatives are {', '.join(map(repr, names))}; accepted: three columns."
+            )
+        if len(self.separator) != 1 or self.separator in "\r\n":
+            raise UserError(f"data.source.separator is {self.separator!r}; accepted: one character, a tab say.")
+        if self.columns is not None:
+            if self.lines != "tsv":
+                raise UserError(
+                    f"data.source.columns is {list(self.columns)}, and data.source.lines is 'jsonl', whose objects "
+                    "name their own; accepted: data.source.lines=tsv, or no columns."
+                )
+            missing = [name for name in names[:2] if name not in self.columns]
+            if missing or len(set(self.columns)) < len(self.columns):
+                raise UserError(
+                    f"data.source.columns is {list(self.columns)}; accepted: names, each once, {self.query!r} and "
+                    f"{self.positive!r} among them."
+                )
+
+
+TaskSource = ConllFiles | SquadFiles | ChoiceFiles | RelationFiles | RetrievalFiles
 
 TASK_SOURCES: dict[Layout, type[TaskSource]] = {kind.layout: kind for kind in get_args(TaskSource)}
 """Each by the rows that it has."""

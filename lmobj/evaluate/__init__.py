@@ -67,7 +67,7 @@ from lmobj.evaluate._resampling import (
     seed_difference,
     seed_spread,
 )
-from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, score_retrieval
+from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, relevant_ranks, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task_report
 from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
@@ -149,6 +149,7 @@ __all__ = [
     "paired_bootstrap",
     "passages",
     "read_picture",
+    "relevant_ranks",
     "repeated_share",
     "repetition_penalty",
     "sample",

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lmobj.errors import UserError
 
-__all__ = ["RetrievalScores", "cosine_scores", "score_retrieval"]
+__all__ = ["RetrievalScores", "cosine_scores", "relevant_ranks", "score_retrieval"]
 
 
 class RetrievalScores(NamedTuple):
@@ -85,6 +85,27 @@ def score_retrieval(scores: ArrayLike, relevance: ArrayLike, ks: Sequence[int] =
         mrr=float(np.mean(1 / (1 + np.argmax(relevant, axis=1)))),
         queries=len(gains),
     )
+
+
+def relevant_ranks(scores: ArrayLike, relevant: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The ranks of each query's relevant documents, from 1, ascending; ties are broken as in `score_retrieval`.
+
+    Args:
+      scores: [Q, D].
+      relevant: of each query, which documents are.
+
+    Raises:
+      UserError: shapes that do not fit, or NaN.
+    """
+    s = np.asarray(scores, np.float64)
+    if s.ndim != 2 or len(s) != len(relevant) or np.isnan(s).any():
+        raise UserError(f"scores have the shape {s.shape}, or are NaN; accepted: numbers [{len(relevant)}, D].")
+    found = []
+    for row, own in zip(s, relevant, strict=True):
+        others = np.sort(np.delete(row, own))
+        ahead = len(others) - np.searchsorted(others, -np.sort(-row[list(own)]), side="left")
+        found.append((ahead + np.arange(1, len(own) + 1)).tolist())
+    return found
 
 
 def _checked(

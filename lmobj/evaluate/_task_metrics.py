@@ -15,6 +15,7 @@ from lmobj.evaluate._choice_report import MULTIPLE_CHOICE
 from lmobj.evaluate._label_report import MULTI_LABEL
 from lmobj.evaluate._relation_report import RELATION
 from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
+from lmobj.evaluate._search_report import RETRIEVAL
 from lmobj.evaluate._tag_report import TOKEN_CLASSIFICATION
 from lmobj.evaluate._task_report import TaskKind, TaskReport
 from lmobj.objectives import Task
@@ -28,6 +29,7 @@ TASKS: dict[Task, TaskKind] = {
     "multiple_choice": MULTIPLE_CHOICE,
     "regression": REGRESSION,
     "relation": RELATION,
+    "retrieval": RETRIEVAL,
     "token_classification": TOKEN_CLASSIFICATION,
 }
 

@@ -5,6 +5,7 @@ from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_lm import MaskedLM
+from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._mixture import Member, Mixture
 from lmobj.objectives._multi_label import MultiLabel
 from lmobj.objectives._multiple_choice import MultipleChoice
@@ -41,6 +42,7 @@ __all__ = [
     "Context",
     "Example",
     "ExtractiveQA",
+    "InBatchContrastive",
     "Judge",
     "MaskedLM",
     "Member",
@@ -67,6 +69,7 @@ __all__ = [
     "Terms",
     "TokenClassification",
     "TransformerXL",
+    "Triplet",
     "denominators",
     "loss_fn",
     "row_ids_of",

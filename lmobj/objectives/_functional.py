@@ -112,6 +112,8 @@ def loss_fn(
         factors = {**trained.coefficients, **(coefficients or {})}
         state = trained.init(models, key, len(jax.tree.leaves(model_keys)[0]))
         ctx = Context(model_keys, 0, vocab, state.params, train=train)
+        if axis_name is not None:
+            ctx = dataclasses.replace(ctx, parts=jax.lax.psum(1, axis_name), part=jax.lax.axis_index(axis_name))
         prepared = trained.prepare(models, jax.lax.stop_gradient(batch), ctx)
         example = trained.corrupt(noise_keys, jax.lax.stop_gradient(prepared), ctx)
         if axis_name is not None:

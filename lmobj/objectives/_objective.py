@@ -40,7 +40,7 @@ Models = Mapping[str, nnx.Module]
 Rows = RowSpec | Mapping[str, RowSpec]
 """The rows of one batch, or of each batch of a mixture by the names of its members."""
 
-Judge = Literal["loss", "bits_per_byte", "top5_accuracy", "accuracy", "mse", "entity_f1", "f1", "micro_f1"]
+Judge = Literal["loss", "bits_per_byte", "top5_accuracy", "accuracy", "mse", "entity_f1", "f1", "micro_f1", "mrr_at_10"]
 Task = Literal[
     "classification",
     "regression",
@@ -49,6 +49,7 @@ Task = Literal[
     "relation",
     "token_classification",
     "extractive_qa",
+    "retrieval",
 ]
 
 Metric = tuple[Array, Array]
@@ -87,6 +88,10 @@ class Context:
     statistics: Any = None
     """`Objective.statistics` of the whole batch; None: the rows at hand are the whole batch."""
     train: bool = dataclasses.field(default=True, metadata={"static": True})
+    parts: int = dataclasses.field(default=1, metadata={"static": True})
+    """How many equal parts the whole batch is in, of which the rows at hand are one."""
+    part: Int[Array, ""] | int = 0
+    """Where `corrupt` sees one of `parts`: which, from 0; its rows follow those of the part before."""
 
     @property
     def dropout(self) -> UInt32[Array, " B"] | None:
@@ -235,7 +240,8 @@ class Objective:
         """Sums over the rows given that `terms` needs of the whole batch, as constants; () for most objectives.
 
         `terms` finds those of the whole batch in `ctx.statistics`, and computes them itself where that is None. They
-        are only asked for where a batch is split, and cost a forward pass of their own there.
+        are only asked for where a batch is split, and cost a forward pass of their own there. Sums over rows can hold
+        the rows themselves: each at its place in the batch, and zeros elsewhere.
         """
         return ()
 

@@ -6,6 +6,7 @@ from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._masked_lm import MaskedLM
+from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._multi_label import MultiLabel
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._permutation_lm import PermutationLM
@@ -23,6 +24,7 @@ SingleObjective = (
     CausalLM
     | Classification
     | ExtractiveQA
+    | InBatchContrastive
     | MaskedLM
     | MultiLabel
     | MultipleChoice
@@ -35,4 +37,5 @@ SingleObjective = (
     | SpanBoundary
     | TokenClassification
     | TransformerXL
+    | Triplet
 )

@@ -45,6 +45,7 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
         "word_starts": ~text | (rng.random(shape) < 0.7),
         "token_bytes": np.where(text, rng.integers(1, 7, shape), 0),
         "tags": np.where(text, drawn % 2, NO_TAG),
+        "text_ids": np.arange(rows * spec.texts).reshape(rows, spec.texts),  # no two texts are equal
         "spans": np.sort(rng.choice(last_text, (rows, 2)), axis=1),
     }
     arrays = row_arrays(spec)
@@ -58,12 +59,16 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
 def _template(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """Of one row: the special id of each place, or -1 for text; token types; and segments."""
     if spec.layout == "choices":
-        share, more = divmod(spec.length, spec.classes)
-        lengths = [share] * (spec.classes - 1) + [share + more]
-        parts = [_one_segment(dataclasses.replace(spec, layout="pairs", length=length)) for length in lengths]
-        special, types = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return special, types, np.repeat(np.arange(1, spec.classes + 1, dtype=np.int32), lengths)
-    return *_one_segment(spec), np.ones(spec.length, np.int32)
+        count, part = spec.classes, dataclasses.replace(spec, layout="pairs")
+    elif spec.layout == "texts":
+        count, part = spec.texts, dataclasses.replace(spec, layout="single")
+    else:
+        return *_one_segment(spec), np.ones(spec.length, np.int32)
+    share, more = divmod(spec.length, count)
+    lengths = [share] * (count - 1) + [share + more]
+    parts = [_one_segment(dataclasses.replace(part, length=length)) for length in lengths]
+    special, types = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return special, types, np.repeat(np.arange(1, count + 1, dtype=np.int32), lengths)
 
 
 def _one_segment(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

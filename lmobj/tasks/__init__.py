@@ -10,6 +10,7 @@ from lmobj.tasks._qa_windows import QAWindows, qa_windows, token_offsets, window
 from lmobj.tasks._question_examples import AskedQuestion, QuestionExamples, QuestionReference
 from lmobj.tasks._relation_examples import RelationExamples, RelationReference
 from lmobj.tasks._relations import MarkedText, Relation, mark_entities, read_relations
+from lmobj.tasks._retrieval_examples import MatchedTexts, RetrievalExamples, RetrievalReference
 from lmobj.tasks._squad import GoldAnswer, Question, read_squad
 from lmobj.tasks._tag_alignment import align_tags, encode_words, tag_ids, word_tags
 from lmobj.tasks._tag_schemes import Entity, check_tags, decode_tags, encode_tags, scheme_tags
@@ -27,6 +28,7 @@ __all__ = [
     "GoldAnswer",
     "Kind",
     "MarkedText",
+    "MatchedTexts",
     "MultipleChoice",
     "QAWindows",
     "Question",
@@ -35,6 +37,8 @@ __all__ = [
     "Relation",
     "RelationExamples",
     "RelationReference",
+    "RetrievalExamples",
+    "RetrievalReference",
     "TagReference",
     "TaggedExamples",
     "TaggedSentence",

@@ -63,9 +63,9 @@ class Kind(abc.ABC, Generic[E]):
     def read(self, file: str) -> Iterator[E | None]:
         """The examples of a file; None for each that `errors: skip` leaves out. Raises UserError naming the place."""
 
-    @abc.abstractmethod
     def read_unlabelled(self, file: str) -> Iterator[E]:
         """The same to be predicted: all examples, whose labels need not be there and are not looked at."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to predict of single examples")
 
     @abc.abstractmethod
     def texts(self, examples: Sequence[E]) -> Iterable[str]:

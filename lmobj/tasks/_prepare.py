@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lmobj.data import ChoiceFiles, ConllFiles, DataConfig, Dataset, RelationFiles, SquadFiles, TaskSource, prepare
+from lmobj.data import (
+    ChoiceFiles,
+    ConllFiles,
+    DataConfig,
+    Dataset,
+    RelationFiles,
+    RetrievalFiles,
+    SquadFiles,
+    TaskSource,
+    prepare,
+)
 from lmobj.errors import UserError
 from lmobj.tasks._choice_examples import ChoiceExamples
 from lmobj.tasks._example_dataset import ExampleDataset, Kind, read_examples
 from lmobj.tasks._question_examples import QuestionExamples
 from lmobj.tasks._relation_examples import RelationExamples
+from lmobj.tasks._retrieval_examples import RetrievalExamples
 from lmobj.tasks._tagged_examples import TaggedExamples
 
 __all__ = ["AnyDataset", "prepare_any"]
@@ -42,5 +53,7 @@ def _kind(source: TaskSource) -> Kind[Any]:
         return ChoiceExamples(source)
     if isinstance(source, RelationFiles):
         return RelationExamples(source)
+    if isinstance(source, RetrievalFiles):
+        return RetrievalExamples(source)
     assert isinstance(source, SquadFiles)
     return QuestionExamples(source)

@@ -56,10 +56,10 @@ def predictor(trained: TrainedRun, inputs: Sequence[str]) -> Predictor:
       UserError: a run that trained no task, or files that cannot be read.
     """
     objective = trained.assembly.objective
-    if objective.task is None:
+    if objective.task not in _PREDICTORS:
         name = getattr(objective, "name", type(objective).__name__)
         raise UserError(
-            f"the objective of this run is {name}, which says nothing about whole texts; accepted: a run of "
+            f"the objective of this run is {name}, which says nothing about single examples; accepted: a run of "
             f"{', '.join(_PREDICTORS)}."
         )
     return _PREDICTORS[objective.task](trained, inputs)

@@ -53,6 +53,7 @@ _QUANTITIES = {
     "bits_per_byte": _Quantity("Bits per byte", "held-out bits per byte", "lower"),
     "top5_accuracy": _Quantity("Top-5 accuracy", "held-out top-5 accuracy", "higher", share=True),
     "micro_f1": _Quantity("Micro F1", "held-out micro F1", "higher", share=True),
+    "mrr_at_10": _Quantity("MRR@10", "held-out MRR@10", "higher"),
     "accuracy": _Quantity("Accuracy", "held-out accuracy", "higher", share=True),
     "mse": _Quantity("Squared error", "held-out squared error", "lower"),
     "perplexity": _Quantity("Perplexity", "held-out perplexity", "lower"),

@@ -241,14 +241,14 @@ class Program:
 
         def statistics(rows: Any) -> Any:
             part_example, part_carried, part_keys = rows
-            part_ctx = Context(part_keys, state.step, self.vocab, state.objective.params, train=True)
+            part_ctx = Context(part_keys, state.step, self.vocab, state.objective.params, train=True, parts=parts)
             models = self._models(state.whole(state.params), frozen)
             return objective.statistics(models, part_example, part_carried, part_ctx)
 
         def loss(trained: Any, rows: Any, whole: Any) -> tuple[Array, tuple[Any, StepMetrics]]:
             params, own = _untrained(trained, state.objective.params)
             part_example, part_carried, part_keys = rows
-            part_ctx = Context(part_keys, state.step, self.vocab, own, whole, train=True)
+            part_ctx = Context(part_keys, state.step, self.vocab, own, whole, train=True, parts=parts)
             terms = objective.terms(self._models(state.whole(params), frozen), part_example, part_carried, part_ctx)
             once = {n for n, kind in objective.term_kinds.items() if kind is TermKind.PARAMETER}
             sums = {n: s / parts if n in once else s for n, s in terms.sums.items()}

@@ -49,6 +49,7 @@ class Case:
     sees_later: whether a prediction may depend on later tokens of its document.
     padded: rows may be padded further without any change of the settings.
     unused: parts of parameter paths that the objective has no use for.
+    gathers: each row's loss looks at all rows, which devices therefore gather.
     variant: another corruption of an objective that has a case already: only what depends on corruption is tested.
     """
 
@@ -60,6 +61,7 @@ class Case:
     sees_later: bool = False
     padded: bool = True
     unused: tuple[str, ...] = ("token_types",)
+    gathers: bool = False
     variant: bool = False
 
     def models(self, dtype: str) -> tuple[dict[str, nnx.GraphDef], dict[str, Any]]:
@@ -198,6 +200,30 @@ def make_sampled(rows: int = BATCH, *, first_row: int = 0) -> Batch:
     """`make_batch` with recorded samples for 6 slots; row r is the same in every batch."""
     sampled = [np.random.default_rng([3, row]).integers(7, VOCAB.size, 6) for row in range(first_row, first_row + rows)]
     return make_batch(rows=rows, first_row=first_row) | {"sampled": jnp.asarray(np.stack(sampled), jnp.int32)}
+
+
+def make_texts(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_row: int = 0) -> Batch:
+    """A query, its text and perhaps a hard negative: segments 1 to 3, most with padding; row r is the same in every
+    batch. Rows 1 and 2 have equal texts, rows 3 and 4 equal queries, and row 5 has another row's text for negative."""
+    names = ("tokens", "segment_ids", "positions", "text_ids")
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for row in range(first_row, first_row + rows):
+        rng = np.random.default_rng([seed, row, 4])
+        sizes = rng.integers(3, length // 3 + 1, 2 if row % 4 == 3 else 3)
+        segments = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+        positions = np.concatenate([np.arange(size) for size in sizes])
+        tokens = rng.integers(7, VOCAB.size, len(segments))
+        tokens[positions == 0] = VOCAB.cls
+        ids = 3 * row + np.arange(3)
+        ids[0] -= 3 * (row % 8 == 4)
+        ids[1] -= 3 * (row % 8 == 2)
+        ids[2] = 3 * row + 4 if row % 8 == 5 else ids[2]
+        padded = [np.pad(x, (0, length - len(x))) for x in (tokens, segments, positions)]
+        for name, value in zip(names, (*padded, ids), strict=True):
+            columns[name].append(value)
+    batch = {name: jnp.asarray(np.stack(value), jnp.int32) for name, value in columns.items()}
+    numbers = jnp.arange(first_row, first_row + rows, dtype=jnp.int32)
+    return batch | {"row_ids": jnp.stack([jnp.zeros_like(numbers), numbers], 1)}
 
 
 _TOKEN_FIELDS = ("tokens", "segment_ids", "positions", "token_types", "word_starts", "token_bytes")
@@ -341,6 +367,21 @@ CASES: dict[str, Case] = {
         make=make_relations,
         packed=False,
         unused=("['head']", "token_types"),
+    ),
+    "in_batch_contrastive": Case(
+        objectives.InBatchContrastive(negatives=1, symmetric=True, temperature=0.5),
+        {"model": ENCODER},
+        make=make_texts,
+        packed=False,
+        unused=("token_types", "['head']"),
+        gathers=True,
+    ),
+    "triplet": Case(
+        objectives.Triplet(distance="euclidean", pooling="first", margin=1.0),
+        {"model": ENCODER},
+        make=make_texts,
+        packed=False,
+        unused=("token_types", "['head']"),
     ),
     "regression": Case(
         objectives.Regression(attention="causal", pooling="mean"),

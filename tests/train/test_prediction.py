@@ -69,7 +69,7 @@ def test_a_stopped_prediction_is_gone_on_with(run: TrainedRun, tmp_path: pathlib
 
 def test_what_cannot_be_predicted(run: TrainedRun, causal: FitResult, tmp_path: pathlib.Path) -> None:
     other = TrainedRun(causal.assembly, causal.state)
-    with pytest.raises(UserError, match="objective of this run is causal_lm, which says nothing about whole texts"):
+    with pytest.raises(UserError, match="objective of this run is causal_lm, which says nothing about single examples"):
         predict(other, ["x"], tmp_path / "out.jsonl")
     with pytest.raises(UserError, match=r"--input\.files: no file matches"):
         predict(run, [str(tmp_path / "none")], tmp_path / "out.jsonl")
