@@ -253,7 +253,7 @@ def predict(
     keep_programs()
     count = predict(open_run(on_one_device(_experiment(run)), best=best, quiet=quiet), inputs, output, quiet=quiet)
     if not quiet:
-        print(f"{count:,} texts: {output}")
+        print(f"{count:,} examples: {output}")
 
 
 @app.command(rich_help_panel="Runs")

@@ -37,7 +37,7 @@ def test_predictions_are_those_of_evaluation(run: TrainedRun, tmp_path: pathlib.
     output = tmp_path / "out.jsonl"
     arguments = ["predict", str(folder / "run"), "--input", str(folder / "dev.jsonl"), "--output", str(output)]
     assert main(arguments) == 0
-    assert capsys.readouterr().out == f"11 texts: {output}\n"
+    assert capsys.readouterr().out == f"11 examples: {output}\n"
     assert not output.with_name("out.jsonl.partial").exists()
     found = lines(output)
     assert [(line["text"], line["pair"]) for line in found] == [(row["a"], row["b"]) for row in rows(11)]

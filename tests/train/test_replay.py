@@ -216,7 +216,7 @@ def test_resume_is_bit_for_bit(continued: FitResult, tmp_path: pathlib.Path) -> 
             check_parts,
         ),
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, Mutant) else "",
 )  # fmt: skip
 def test_mutants_are_noticed(
     monkeypatch: pytest.MonkeyPatch,
