@@ -45,16 +45,15 @@ def read(path: str | Path) -> Document:
 def _read(path: Path, prefix: str, above: tuple[Path, ...]) -> Document:
     """As `read`, of a file that those `above` are built on; `prefix` begins what is said where it cannot be read."""
     document = parse(_text(path, prefix), str(path))
+    if path.resolve() in above:
+        raise UserError(f"{prefix}that file is built on this one; accepted: a file that is not.")
     if "base" not in document.values:
         return document
     name, origin = document.values.pop("base"), document.origins.pop("base", str(path))
     if not isinstance(name, str) or not name:
         raise UserError(f"{origin}: base is {show(name)}; it must be the path of a YAML file, relative to this one.")
-    above = (*above, path.resolve())
-    base = path.parent / name
-    if base.resolve() in above:
-        raise UserError(f"{origin}: base is {show(name)}, which is built on this file; accepted: a file that is not.")
-    return merge(_read(base, f"{origin}: base is {show(name)}, and ", above), document)
+    below = _read(path.parent / name, f"{origin}: base is {show(name)}, and ", (*above, path.resolve()))
+    return merge(below, document)
 
 
 def parse(text: str, source: str) -> Document:

@@ -98,7 +98,11 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
     ("text", "overrides", "parts"),
     [
         ("objective: {name: causal_lm}", [], ["model is missing", "decoder, electra, encoder, gru, xlnet"]),
-        ("model: {name: gru}", [], ["objective is missing", "causal_lm, classification, extractive_qa, masked_lm"]),
+        (
+            "model: {name: gru}",
+            [],
+            ["objective is missing", "causal_lm, classification, extractive_qa, in_batch_contrastive, masked_lm"],
+        ),
         (
             _MINIMAL + "trian: {steps: 1}",
             [],
@@ -132,7 +136,9 @@ def test_dump_round_trips_and_pydantic_agrees(write: Write, key: str, name: str)
     files = [f"{key}.files=['*.txt', '1e-4', 'on']"]
     mixture = [f"{key}.sources={{part: {{source: {{name: stdlib}}}}}}"]
     extras = {
-        **dict.fromkeys(("text", "jsonl", "parquet", "tsv", "choices", "conll", "relations", "squad"), files),
+        **dict.fromkeys(
+            ("text", "jsonl", "parquet", "tsv", "choices", "conll", "relations", "retrieval", "squad"), files
+        ),
         "tfds": [f"{key}.builder=mine"],
         "mixture": mixture,
     }

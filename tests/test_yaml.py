@@ -147,8 +147,8 @@ def test_a_base_may_have_a_base(tmp_path: pathlib.Path) -> None:
         ("base: 3", "base is 3; it must be the path"),
         ("base: [a, b]", "base is [a, b]; it must be the path"),
         ("base: chained.yaml", 'chained.yaml:1: base is "other.yaml", and'),
-        ("base: f.yaml", 'f.yaml:2: base is "f.yaml", which is built on this file'),
-        ("base: round.yaml", 'round.yaml:1: base is "./f.yaml", which is built on this file'),
+        ("base: f.yaml", 'f.yaml:2: base is "f.yaml", and that file is built on this one'),
+        ("base: round.yaml", 'round.yaml:1: base is "./f.yaml", and that file is built on this one'),
         ("base: broken.yaml", "broken.yaml:1:5"),
     ],
 )

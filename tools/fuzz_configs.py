@@ -23,7 +23,7 @@ from lmobj import _settings, _yaml, config
 __all__ = ["KINDS", "Spot", "odd_setting", "walk"]
 
 _FOLDER = Path(__file__).parent.parent / "configs"
-_CONFIGS = sorted(path for path in _FOLDER.rglob("*.yaml") if path.parent.name != "bench")
+_CONFIGS = sorted(path for path in _FOLDER.rglob("*.yaml") if path.parent.name not in ("bench", "search"))
 _RAW = "@raw@"
 """Stands in a mapping for text that takes its place once the mapping is written as YAML."""
 

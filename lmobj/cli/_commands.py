@@ -118,7 +118,7 @@ def search(config: Config, overrides: Overrides = None, quiet: Quiet = False) ->
     keep_programs()
     result = run(load(config, overrides or ()), quiet=quiet)
     if not quiet:
-        _print_table(result.header, result.rows)
+        print_table(result.header, result.rows)
 
 
 @app.command(rich_help_panel="Runs")
@@ -142,7 +142,7 @@ def speed(
     """
     from lmobj.cli._speed import print_speed
 
-    raise typer.Exit(print_speed(arguments, peer is not None, steps, seconds, as_json, _print_table))
+    raise typer.Exit(print_speed(arguments, peer is not None, steps, seconds, as_json, print_table))
 
 
 @app.command("eval", rich_help_panel="Runs")

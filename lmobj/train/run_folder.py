@@ -8,12 +8,11 @@ tensorboard/       the same metrics as event files
 environment.json   versions and devices
 baselines.json     what n-gram models reach on the same held-out text
 samples.json       texts sampled from the model
-generation.json    texts of several decodings with their figures, where `generation` asks for them
 report.html        all of it on one page
-eval/              what `lmobj eval --task` found, a file of figures and one of answers for each task
 
-A task adds eval/ with what is told of each split (`split_report`), `train.guard` adds bad_batches/ with the batches
-that it refused, `train.profile` adds profile/, and `train.wandb` adds wandb/ and wandb_id.
+A task adds eval/ with what is told of each split (`split_report`), where `lmobj eval --task` puts what it found too;
+`generation` adds generation.json with texts of several decodings and their figures, `train.guard` bad_batches/ with the
+batches that it refused, `train.profile` profile/, and `train.wandb` wandb/ and wandb_id.
 
 It is a path or a URL. For a URL in a store (`gs://...`), checkpoints go there by themselves, and the other files, which
 are appended to, are kept in a working copy on this machine. They are sent just before a checkpoint becomes complete and

@@ -142,12 +142,13 @@ def test_the_schema_describes_benchmarks_and_their_arms(capsys: pytest.CaptureFi
     assert main(["schema", "--bench"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert set(schema["properties"]) == {
-        "base", "name", "run", "data", "model", "init", "adapter", "objective", "train", "sample", "arms", "budget",
-        "seeds", "probe", "metrics",
+        "base", "name", "run", "data", "model", "init", "adapter", "objective", "train", "sample", "generation",
+        "arms", "budget", "seeds", "probe", "metrics",
     }  # fmt: skip
     assert schema["additionalProperties"] is False
     arm = schema["$defs"]["Arm"]
-    assert set(arm["properties"]) == {"data", "model", "init", "adapter", "objective", "train", "sample"}
+    own = {"arms", "base", "budget", "metrics", "name", "probe", "run", "seeds"}
+    assert set(arm["properties"]) == set(schema["properties"]) - own
     assert schema["properties"]["arms"]["additionalProperties"] == {"$ref": "#/$defs/Arm"}
     assert set(schema["$defs"]["Budget"]["properties"]) == {"tokens", "flops", "seconds"}
 

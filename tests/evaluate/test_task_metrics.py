@@ -59,7 +59,7 @@ def test_examples_scores_make_the_figures(task: str) -> None:
         outputs = {"logits": rng.normal(size=(40, 3)), "targets": rng.integers(0, 3, (40, 1))}
     else:
         outputs = {"scores": 1e4 + rng.normal(size=40), "targets": 3 + rng.normal(size=(40, 1))}
-    records = list(TASKS[task].report(outputs, "abc").records())
+    records = list(TASKS[task].report(outputs, "abc", None).records())
     for drawn in (np.arange(40), rng.integers(0, 40, 40), np.full(40, 7)):
         again = {name: x[drawn] for name, x in outputs.items()}
         figures = task_metrics(task, again, "abc")
