@@ -246,6 +246,8 @@ def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any]) -> Non
 
 def _check_same_config(stored: Mapping[str, Any], current: Mapping[str, Any], owner: str) -> None:
     for key, before, now in differing_keys(stored, current):
+        if before == _MISSING and not now:
+            continue  # a setting that came after the run, and is off
         if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
             raise UserError(
                 f"{key} is {now!r}, and {owner} {before!r}; a run continues with the config it began with. Restore "

@@ -248,6 +248,21 @@ def test_what_only_says_where_and_how_fast_may_change(
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_settings_that_came_after_a_run_must_be_off(causal: FitResult) -> None:
+    identity = causal.assembly.identity
+    stored = copy.deepcopy(identity)
+    assert stored["config"]["train"].pop("ema") is None
+    check_same_run(stored, identity)
+    on = copy.deepcopy(identity)
+    on["config"]["train"]["ema"] = {"decay": 0.9}
+    with pytest.raises(
+        UserError, match=r"train\.ema is \{'decay': 0\.9\}, and the checkpoint was made with '\(not set\)'"
+    ):
+        check_same_run(stored, on)
+    with pytest.raises(UserError, match=r"train\.ema is '\(not set\)'"):  # nor may one be lost
+        check_same_run(on, stored)
+
+
 def test_every_key_but_those_is_held_fast(causal: FitResult) -> None:
     identity = causal.assembly.identity
 
