@@ -416,7 +416,7 @@ def plan(
     from lmobj.cli._planning import forecast_lines, search_table, search_verdict, showing_progress
     from lmobj.config import load
     from lmobj.train.forecast import forecast
-    from lmobj.train.search import search as search_settings
+    from lmobj.train.mesh_search import search as search_settings
 
     experiment = load(config, overrides or ())
     if not search:

@@ -57,14 +57,14 @@ def print_split(experiment: Experiment, split: str, *, best: bool, as_json: bool
 def print_generation(experiment: Experiment, *, best: bool, as_json: bool) -> None:
     """Writes texts as the config's `generation` says, or as it does by default, and prints their figures.
 
-    The texts go into eval/generation.json of the run folder.
+    The texts go into generation.json of the run folder, as at the end of training.
     """
     trained = open_run(on_one_device(experiment), best=best, quiet=as_json)
     config = experiment.generation or GenerationConfig()
     check_generation(trained.assembly, config)
     study = generation_study(trained.assembly, trained.model, config, step=int(trained.state.step))
     text = json.dumps(study, indent=2, ensure_ascii=False) + "\n"
-    RunFolder(experiment.run_dir).add("eval/generation.json", text)
+    RunFolder(experiment.run_dir).add("generation.json", text)
     if as_json:
         print(json.dumps(study))
     else:

@@ -14,7 +14,7 @@ from lmobj._units import in_bytes
 
 if TYPE_CHECKING:
     from lmobj.train.forecast import Forecast
-    from lmobj.train.search import SearchResult
+    from lmobj.train.mesh_search import MeshSearchResult
 
 __all__ = ["forecast_lines", "search_table", "search_verdict", "showing_progress"]
 
@@ -86,7 +86,7 @@ def _verdict(told: Forecast) -> str:
     )
 
 
-def search_table(result: SearchResult) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+def search_table(result: MeshSearchResult) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     """What was compiled and fits, fastest first."""
     header = ("mesh", "remat", "accumulate", "memory", "step", "bound by", "tokens/s", "MFU")
     rows: list[tuple[str, ...]] = [
@@ -105,7 +105,7 @@ def search_table(result: SearchResult) -> tuple[Sequence[str], list[tuple[str, .
     return header, rows
 
 
-def search_verdict(result: SearchResult, overrides: Sequence[str]) -> Iterator[str]:
+def search_verdict(result: MeshSearchResult, overrides: Sequence[str]) -> Iterator[str]:
     """What was tried, and the best."""
     left = result.tried - result.refused - result.too_large
     yield (

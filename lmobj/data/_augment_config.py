@@ -47,7 +47,8 @@ class Augmentation:
     """Documents added to the training split: what it holds in other words, with the same labels.
 
     They are made once, when the data is prepared, and are a part of its fingerprint; an epoch is longer by them. What
-    is held out stays as it is, and nothing made from it is trained on.
+    is held out by share stays as it is, nothing made from it is trained on, and no copy is kept that would fall into
+    such a share itself.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}

@@ -179,7 +179,8 @@ class RetrievalFiles:
     """Queries, each with a text that belongs to it and perhaps some that do not (hard negatives).
 
     A query with several texts stands in as many rows. Splits by share keep all rows of a text together, so that texts
-    that are held out are new; in evaluation the texts of a split are searched, its hard negatives included.
+    that are held out are in no row of training but as hard negatives; in evaluation the texts of a split are searched,
+    its hard negatives included.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}

@@ -186,7 +186,8 @@ class WriteShards:
             yield split, document
             if split == "train" and self.augmenter is not None:
                 for copy in self.augmenter(document, augmented):
-                    yield split, copy
+                    if self.selection.shares.split(copy.text) == "train":  # what is held out must not come in by a copy
+                        yield split, copy
 
     def finished(self, group: int, index: int) -> dict[str, Any] | None:
         try:

@@ -46,6 +46,7 @@ from lmobj.evaluate._likelihood import (
     ScoredText,
     answer_scores,
     continuation_log_probs,
+    same_start,
     scored_text,
 )
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
@@ -152,6 +153,7 @@ __all__ = [
     "relevant_ranks",
     "repeated_share",
     "repetition_penalty",
+    "same_start",
     "sample",
     "save_picture",
     "score_answers",

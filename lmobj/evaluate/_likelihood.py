@@ -24,7 +24,7 @@ from lmobj.data import Tokenizer
 from lmobj.errors import UserError
 from lmobj.models import LanguageModel
 
-__all__ = ["Normalisation", "ScoredText", "answer_scores", "continuation_log_probs", "scored_text"]
+__all__ = ["Normalisation", "ScoredText", "answer_scores", "continuation_log_probs", "same_start", "scored_text"]
 
 Normalisation = Literal["sum", "tokens", "bytes", "prior"]
 """What the log-likelihood of an answer is set against; see `answer_scores`."""
@@ -48,7 +48,7 @@ def scored_text(tokenizer: Tokenizer, prompt: str, completion: str) -> ScoredTex
     A tokenizer may cut a text otherwise once more follows, so the two are not cut apart: that would score tokens which
     the model never met in this place. The whole text is encoded, and what counts as read is the longest beginning that
     it has in common with the prompt's own tokens. Where a piece spans the end of the prompt, the scored tokens thus
-    begin a little before the completion, in the same way for every completion that has this piece.
+    begin a little before the completion: `same_start` lets those of other completions begin there too.
 
     Raises:
       UserError: no token is in common, so that the first one would be scored given nothing.
@@ -63,6 +63,15 @@ def scored_text(tokenizer: Tokenizer, prompt: str, completion: str) -> ScoredTex
             "causal model says how probable a text is after another, so accepted: a prompt of at least one token."
         )
     return ScoredText(whole, start)
+
+
+def same_start(rows: Sequence[ScoredText]) -> list[ScoredText]:
+    """The same prompt with several completions, each scored from the earliest place from which one of them must be.
+
+    Up to there all have the same tokens, so all are told the same and are asked for the rest of the same text.
+    """
+    start = min(row.start for row in rows)
+    return [row._replace(start=start) for row in rows]
 
 
 def continuation_log_probs(

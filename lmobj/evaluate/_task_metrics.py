@@ -14,8 +14,8 @@ from lmobj.evaluate._answer_report import EXTRACTIVE_QA
 from lmobj.evaluate._choice_report import MULTIPLE_CHOICE
 from lmobj.evaluate._label_report import MULTI_LABEL
 from lmobj.evaluate._relation_report import RELATION
+from lmobj.evaluate._retrieval_report import RETRIEVAL
 from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
-from lmobj.evaluate._search_report import RETRIEVAL
 from lmobj.evaluate._tag_report import TOKEN_CLASSIFICATION
 from lmobj.evaluate._task_report import TaskKind, TaskReport
 from lmobj.objectives import Task
@@ -34,7 +34,7 @@ TASKS: dict[Task, TaskKind] = {
 }
 
 TASK_METRICS: dict[Task, tuple[str, ...]] = {task: kind.figures for task, kind in TASKS.items()}
-"""The names of what `task_metrics` gives."""
+"""The names of what `task_metrics` gives on any data."""
 
 
 def task_report(

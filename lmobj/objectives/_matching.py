@@ -116,8 +116,8 @@ class InBatchContrastive(_BiEncoder):
     """Pick the text that belongs to a query out of all texts of the batch (`data.source: {name: retrieval}`).
 
     Candidates of a query are its text, the texts of all other rows, and the hard negatives of all rows. Not among them
-    are texts equal to its own, and the texts of rows whose query is equal: the data says that they belong to it. Texts
-    are equal where the files spell them alike (`text_ids`).
+    are texts equal to its own or to the query, and the texts of rows whose query is equal: the data says that they
+    belong to it. Texts are equal where the files spell them alike (`text_ids`).
 
     The loss and its gradient are those of the global batch on any mesh, and under `train.accumulate` too: a forward
     pass gives the vectors of all texts, with which each microbatch finds its share of the gradient.
@@ -207,7 +207,8 @@ class InBatchContrastive(_BiEncoder):
         similarity = jnp.einsum("qd,cd->qc", queries, every, precision=jax.lax.Precision.HIGHEST)
         similarity = constrain(similarity, ("batch", None)).reshape(rows, rows, others)  # [query, row, text of the row]
         related = (ids[:, None, 0] == ids[None, :, 0]) | (ids[:, None, 1] == ids[None, :, 1])
-        candidates = there[None, :, 1:] & (ids[None, :, 1:] != ids[:, 1, None, None])
+        itself = ids[:, 0, None, None]
+        candidates = there[None, :, 1:] & (ids[None, :, 1:] != ids[:, 1, None, None]) & (ids[None, :, 1:] != itself)
         candidates = candidates.at[:, :, 0].set(candidates[:, :, 0] & ~related)
         place = jnp.arange(rows)
         stats = losses.similarity_stats(
@@ -218,7 +219,7 @@ class InBatchContrastive(_BiEncoder):
         )
         found = losses.nll(stats)
         if self.symmetric:
-            others_queries = there[None, :, 0] & ~related
+            others_queries = there[None, :, 0] & ~related & (ids[None, :, 0] != ids[:, 1, None])
             back = losses.info_nce(
                 similarity[:, :, 0].T, place, temperature=self.temperature, candidates=others_queries
             )

@@ -54,6 +54,10 @@ class RelationClassification(TokenTask):
                 "objective.attention is 'causal', where the marker that opens an entity does not see it; accepted: "
                 "bidirectional."
             )
+        if self.token_dropout:
+            raise UserError(
+                f"objective.token_dropout is {self.token_dropout}, which would hide markers of entities; accepted: 0."
+            )
 
     def check_classes(self, classes_of: Callable[[str | None], Sequence[str]]) -> None:
         """Refuses data whose relations are not as many as this objective's classes."""
@@ -69,9 +73,9 @@ class RelationClassification(TokenTask):
         return JoinedHead(style, 2, self.classes, rngs)
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
-        """The rows as they are, or with tokens dropped; both opening markers of each predict its label."""
+        """The rows as they are; both opening markers of each predict its label."""
         there = row_weights(batch)[:, None]
-        example = self.example(self.dropped(keys, batch, ctx), batch["labels"][:, None], there)
+        example = self.example(batch, batch["labels"][:, None], there)
         return dataclasses.replace(example, predict=jnp.where(there > 0, batch["spans"], 0))
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:

@@ -58,7 +58,7 @@ def read_squad(path: str | Path, *, strict: bool = False) -> Iterator[Question]:
     for i, article in enumerate(articles):
         place = f"{path}: data[{i}]"
         paragraphs = field(place, article, "paragraphs", list, "a list")
-        title = article.get("title", "")
+        title = article.get("title") or ""
         for j, paragraph in enumerate(paragraphs):
             where = f"{place}.paragraphs[{j}]"
             context = field(where, paragraph, "context", str, "the text")

@@ -21,7 +21,7 @@ __all__ = ["Depth", "by_depth", "deepest"]
 Depth = int | Int[Array, "..."]
 """Of one parameter; of stacked layers an array along the first axis, its other axes of size 1."""
 
-_BELOW = ("embeddings", "tokens", "positions", "token_types", "query_start")
+_BELOW = ("embeddings", "tokens", "positions", "token_types", "query_start", "projection")
 """Names of what the first layer reads."""
 
 

@@ -223,6 +223,7 @@ def _evaluated(experiment: Experiment, split: str, say: Callable[[str], None]) -
     place, best = str(experiment.run_dir), experiment.train.best
     folder = RunFolder(experiment.run_dir)
     with Checkpoints(folder.checkpoints, keep=experiment.train.keep, best=best.name, mode=best.mode) as checkpoints:
+        _check_ended(folder, checkpoints.latest_step, experiment.train.steps)
         step = checkpoints.best_step if best.restore else None
         step = checkpoints.latest_step if step is None else step
     path = folder.fetched(f"{EVALUATED}/{split}.json")
@@ -234,6 +235,15 @@ def _evaluated(experiment: Experiment, split: str, say: Callable[[str], None]) -
         assert report is not None  # the objective has a task
         report.write(folder)
     return _Evaluated(place, experiment, resolved(experiment, experiment.objective), report)
+
+
+def _check_ended(folder: RunFolder, latest: int | None, steps: int) -> None:
+    """Refuses a run that is under way or was stopped; one that ended early has a report."""
+    if (latest or 0) < steps and folder.fetched("report.html") is None:
+        raise UserError(
+            f"{str(folder)!r} is at step {latest or 0} of {steps}; accepted: runs that have ended. To go on with it: "
+            f"{folder.resume_command}"
+        )
 
 
 def _check_same_data(runs: Sequence[_Evaluated]) -> None:
@@ -268,7 +278,9 @@ def _figure(run: _Evaluated, metric: str) -> float:
         accepted = ", ".join(sorted(run.report.figures))
         raise UserError(f"--metric is {metric!r}, which {run.place!r} does not have; accepted: {accepted}.")
     if not math.isfinite(value):
-        raise UserError(f"{metric} of {run.place!r} on {run.report.split} is not finite; leave the run out.")
+        raise UserError(
+            f"{metric} of {run.place!r} on {run.report.split} is not finite; accepted: runs whose figures are numbers."
+        )
     return value
 
 

@@ -210,7 +210,7 @@ def readable(pairs: Mapping[str, Any], coefficients: Mapping[str, float] | None 
     """
     values = {name: float(total) / float(weight) for name, (total, weight) in pairs.items() if float(weight) > 0}
     terms = {name.removeprefix(TERM): value for name, value in values.items() if name.startswith(TERM)}
-    if coefficients is not None:
+    if coefficients is not None and terms:
         values.setdefault("loss", sum(coefficients[name] * value for name, value in terms.items()))
     if "nll" in values:
         values["perplexity"] = math.exp(min(values["nll"], 700.0))

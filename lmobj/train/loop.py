@@ -257,9 +257,10 @@ def _train(
             if evaluation.has_text and (last or _due(step, settings.evaluate_every)):
                 read_metrics()
                 with tracker.timed("evaluation"):
-                    values = evaluation(state, None if last else settings.evaluate_batches)
-                evaluated = {f"eval/{name}": value for name, value in values.items()}
-                tracker.log(step, evaluated)
+                    values = evaluation(state, settings.evaluate_batches)
+                    whole = evaluation(state) if last and settings.evaluate_batches is not None else values
+                evaluated = {f"eval/{name}": value for name, value in values.items()}  # on the same rows at every step
+                tracker.log(step, {f"eval/{name}": value for name, value in whole.items()})
                 better = best.add(evaluated.get(settings.best.name, math.nan))
                 enough = after_evaluation(step, evaluated)
             stopped = stop.after(step)  # asked once: a signal may come between any two lines

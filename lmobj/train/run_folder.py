@@ -210,7 +210,13 @@ class RunFolder:
         """Writes one of the folder's JSON files whole or not at all."""
         write_atomically(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def add(self, name: str, text: str) -> None:
+    def remove(self, name: str) -> None:
+        """Removes a file that `add` wrote, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+        if self._store is not None:
+            self._store.delete(name)
+
+    def add(self, name: str, text: str) -> pathlib.Path:
         """Writes one more file of a finished run, in the place of one of this name, and sends it where the run is kept.
 
         Raises:
@@ -224,6 +230,7 @@ class RunFolder:
             raise UserError(f"{str(path)!r} cannot be written ({error.strerror or error}).") from error
         if self._store is not None:
             self._store.send(path, name)
+        return path
 
 
 def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:

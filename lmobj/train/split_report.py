@@ -23,7 +23,6 @@ from lmobj.train.evaluation import Evaluation
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.sinks import finite
 from lmobj.train.step import State
-from lmobj.train.storage import write_atomically
 
 __all__ = ["EVALUATED", "SplitReport", "examine", "read_reports", "reported_splits"]
 
@@ -61,18 +60,20 @@ class SplitReport:
         return [[_show(value) for value in row] for row in self.rows]
 
     def write(self, folder: RunFolder) -> list[Path]:
-        """Writes the files, also into the store of a run that lies in one, and returns their paths."""
-        parent = folder.path / EVALUATED
-        parent.mkdir(exist_ok=True)
-        paths = [parent / f"{self.split}.jsonl", parent / f"{self.split}.json"]
-        write_atomically(paths[0], "".join(map(_line, self.records())))
+        """Writes the files, also into the store of a run that lies in one, and returns their paths.
+
+        Raises:
+          UserError: the folder cannot be written to.
+        """
+        name = f"{EVALUATED}/{self.split}"
+        folder.remove(f"{name}.json")  # and written last: whoever finds it finds the records that belong to it
+        paths = [folder.add(f"{name}.jsonl", "".join(map(_line, self.records())))]
         if self.picture is not None:
-            paths.append(parent / f"{self.split}_{self.picture.KIND}.svg")
-            save_picture(self.picture, paths[2:])
-        folder.write_json(f"{EVALUATED}/{paths[1].name}", self._stored())  # last: whoever finds it finds the records
-        for path in paths:
-            folder.publish(f"{EVALUATED}/{path.name}")
-        return paths
+            paths.append(folder.path / f"{name}_{self.picture.KIND}.svg")
+            save_picture(self.picture, paths[1:])
+            folder.publish(f"{EVALUATED}/{paths[1].name}")
+        stored = json.dumps(self._stored(), indent=2, ensure_ascii=False) + "\n"
+        return [*paths, folder.add(f"{name}.json", stored)]
 
     def _stored(self) -> dict[str, Any]:
         """What SPLIT.json holds."""
@@ -135,7 +136,7 @@ def read_reports(folder: Path) -> list[SplitReport]:
 def _read_records(path: Path, examples: int) -> list[Record]:
     """The records of a SPLIT.jsonl. UserError if they are damaged."""
     try:
-        records: list[Record] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records: list[Record] = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         if [one["index"] for one in records] != list(range(examples)):
             raise ValueError(f"not the {examples} examples that it should have")
         for one in records:

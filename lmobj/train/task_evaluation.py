@@ -27,6 +27,7 @@ from lmobj.evaluate import (
     answer_scores,
     choose_shots,
     continuation_log_probs,
+    same_start,
     score_classes,
     scored_text,
 )
@@ -45,18 +46,18 @@ class TaskResult:
     """How a model did at a task."""
 
     figures: dict[str, Any]
-    """In JSON. Of all tasks `task`, `step`, `examples`, `accuracy`, `majority` (the share of the commonest answer),
-    `shots` and `shots_shown` (on average), and `cut`, how many questions were too long and lost their beginning. Of
-    classes also `macro_f1`, `matthews`, `majority_macro_f1`, `classes` and `confusion`; of questions with choices of
-    their own `chance`, the mean of one over the number of choices."""
+    """In JSON. Of all tasks `task`, `step`, `normalise`, `examples`, `accuracy`, `majority` (the share of the commonest
+    answer), `shots` and `shots_shown` (on average), and `cut`, how many questions were too long and lost their
+    beginning. Of classes also `macro_f1`, `matthews`, `majority_macro_f1`, `classes` and `confusion`; of questions with
+    choices of their own `chance`, the mean of one over the number of choices."""
     answers: list[dict[str, Any]]
     """Of each question `text` (and `pair`), `label`, `prediction`; of its answers `scores` and `log_likelihoods`."""
     report: ClassReport | None
     """The classes; None of questions with choices of their own."""
 
     def write(self, folder: RunFolder) -> None:
-        """Writes eval/NAME.json and eval/NAME.jsonl, a line for each answer."""
-        name = f"eval/{self.figures['task']}"
+        """Writes eval/tasks/NAME.json and eval/tasks/NAME.jsonl, a line for each answer."""
+        name = f"eval/tasks/{self.figures['task']}"
         folder.add(f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.answers))
         folder.add(f"{name}.json", json.dumps(self.figures, indent=2, ensure_ascii=False) + "\n")
 
@@ -222,7 +223,7 @@ class _Asker:
         prompt = self.task.prompt.prompt(shots, text, pair)
         completions = [self.task.prompt.completion(choice) for choice in choices]
         if not self.suffix:
-            return [scored_text(self.tokenizer, prompt, completion) for completion in completions]
+            return same_start([scored_text(self.tokenizer, prompt, completion) for completion in completions])
         first, *seconds = self.tokenizer.encode_batch([prompt, *(text.lstrip(" ") for text in completions)])
         opening = np.concatenate([first, self.suffix]).astype(np.int32)
         return [

@@ -11,7 +11,15 @@ from lmobj import masks
 from lmobj.data import SentencePieceConfig, Tokenizer
 from lmobj.data._tokenizer import train_tokenizer
 from lmobj.errors import UserError
-from lmobj.evaluate import AnsweredText, PromptTemplate, ScoredText, answer_scores, continuation_log_probs, scored_text
+from lmobj.evaluate import (
+    AnsweredText,
+    PromptTemplate,
+    ScoredText,
+    answer_scores,
+    continuation_log_probs,
+    same_start,
+    scored_text,
+)
 from lmobj.evaluate._likelihood import _rounded
 
 
@@ -97,6 +105,14 @@ def test_what_a_piece_spans_is_scored_whole(tokenizer: Tokenizer) -> None:
 def test_an_answer_after_nothing_is_refused(tokenizer: Tokenizer, prompt: str, completion: str) -> None:
     with pytest.raises(UserError, match="at least one token"):
         scored_text(tokenizer, prompt, completion)
+
+
+def test_all_answers_are_scored_from_the_same_place(tokenizer: Tokenizer) -> None:
+    rows = [scored_text(tokenizer, "the quick brown f", ending) for ending in ("ox", "!")]
+    assert rows[0].start < rows[1].start, "ox runs into what is before it"
+    first, second = same_start(rows)
+    assert first.start == second.start == rows[0].start
+    np.testing.assert_array_equal(first.tokens[: first.start], second.tokens[: second.start])
 
 
 def test_an_answer_is_at_least_one_token(tokenizer: Tokenizer) -> None:

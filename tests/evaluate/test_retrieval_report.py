@@ -94,10 +94,10 @@ def test_baselines() -> None:
 def test_bm25_by_hand() -> None:
     """Words in Chinese are characters; a rarer word and a shorter text count more."""
     texts = ("猫 cat", "猫 dog", "cat cat bird bird bird", "狗 cat")
-    from lmobj.evaluate import _search_report
+    from lmobj.evaluate import _retrieval_report
 
-    search = _search_report._Search.among(np.array([[0, 1], [0, 2], [0, 3]], np.int32))
-    (scores,) = _search_report._bm25(search, texts)(slice(None))
+    search = _retrieval_report._Search.among(np.array([[0, 1], [0, 2], [0, 3]], np.int32))
+    (scores,) = _retrieval_report._bm25(search, texts)(slice(None))
 
     def score(n: int, f: int, length: int) -> float:
         idf = math.log(1 + (3 - n + 0.5) / (n + 0.5))

@@ -100,6 +100,15 @@ def test_texts_of_equal_queries_are_no_negatives() -> None:
     np.testing.assert_allclose(loss, expected / 3, rtol=1e-6)
 
 
+def test_a_text_that_is_the_query_is_no_negative() -> None:
+    """Queries that are each other's text: nothing is left to be told from, in either direction."""
+    rows = texts([[0, 1, 0], [1, 0, 0]], [[2, 3], [2, 2]])
+    for symmetric in (False, True):
+        terms, loss = found(dataclasses.replace(DOT, symmetric=symmetric), rows)
+        assert float(loss) == pytest.approx(0, abs=1e-6)
+        np.testing.assert_allclose(terms.metrics["accuracy"], (2, 2))
+
+
 def test_both_directions_and_cosines_by_hand() -> None:
     # Backwards: text 1 of row 0 looks for query 0 among 0 and 6, since query 4 has the same text; row 1 for 4 among 4
     # and 6; row 2 for 6 among 6, 0 and 4. Vectors are (t + 1, 1) / sqrt((t + 1)^2 + 1), the temperature is 1/2.

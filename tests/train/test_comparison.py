@@ -129,8 +129,8 @@ def test_eval_prints_the_scores_of_classes_and_writes_them(
     assert table[0] == "class\tprecision\trecall\tF1\tsupport"
     assert [line.split("\t")[0] for line in table[1:]] == ["dry", "wet", "macro average", "weighted average"]
     assert [line.split("\t")[4] for line in table[1:]] == ["7", "4", "11", "11"]
-    assert files == [f"Files: {place}/eval/validation.jsonl, {place}/eval/validation.json, "
-                     f"{place}/eval/validation_confusion.svg"]  # fmt: skip
+    assert files == [f"Files: {place}/eval/validation.jsonl, {place}/eval/validation_confusion.svg, "
+                     f"{place}/eval/validation.json"]  # fmt: skip
     for name in ("validation.jsonl", "validation.json", "validation_confusion.svg"):
         assert (place / "eval" / name).read_bytes() == (original / "eval" / name).read_bytes()
 
@@ -138,7 +138,7 @@ def test_eval_prints_the_scores_of_classes_and_writes_them(
 def test_a_report_survives_its_file(tmp_path: pathlib.Path, original: pathlib.Path) -> None:
     """With figures that are no numbers, a name that is markup, and a scatter."""
     (tmp_path / "metrics.jsonl").write_text((original / "metrics.jsonl").read_text())
-    records = [{"index": 0, "target": 1.0, "prediction": math.nan}]
+    records = [{"index": 0, "target": 1.0, "prediction": math.nan, "text": "a\u2028b\x85c"}]
     evil = "<script>x</script>"
     report = SplitReport(
         task="regression", split="test", step=3, data="f", examples=1, figures={"mse": 1.0, evil: math.inf},
@@ -146,13 +146,13 @@ def test_a_report_survives_its_file(tmp_path: pathlib.Path, original: pathlib.Pa
         picture=ScatterPicture.of([1.0], [2.0]), records=lambda: records,
     )  # fmt: skip
     assert [path.name for path in report.write(RunFolder(tmp_path))] == [
-        "test.jsonl", "test.json", "test_scatter.svg",
+        "test.jsonl", "test_scatter.svg", "test.json",
     ]  # fmt: skip
     (found,) = read_reports(tmp_path)
     assert found == dataclasses.replace(report, figures=found.figures)
     assert found.figures["mse"] == 1.0
     assert math.isnan(found.figures[evil])
-    assert found.records() == [{"index": 0, "target": 1.0, "prediction": None}]
+    assert found.records() == [{**records[0], "prediction": None}]
     assert found.lines() == [[evil, "0.2500"], ["n", "1,234"]]
     page = write_report(tmp_path).read_text()
     assert evil not in page

@@ -158,6 +158,7 @@ def test_readable_divides_once() -> None:
     }
     assert readable(pairs, {"nll": 2.0, "size": 0.5}) == expected
     # One term is the loss itself; an absurd nll does not end the run.
+    assert readable({"term/nll": (0.0, 0.0)}, {"nll": 1.0}) == {}, "a loss of nothing is none, not 0"
     assert readable({"term/nll": (6.0, 4.0), "nll": (1e6, 1.0)}, {"nll": 1.0}) == {
         "nll": 1e6,
         "loss": 1.5,

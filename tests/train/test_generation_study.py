@@ -114,7 +114,7 @@ def test_training_ends_with_it_and_the_config_may_ask_anew(
         lines = capsys.readouterr().out.splitlines()
         assert [line.split("\t")[0] for line in lines] == ["", "held-out text", "drawn"]
         assert lines[2].split("\t")[6] == "-"
-        assert json.loads((tmp_path / "run" / "eval" / "generation.json").read_text()) == kept
+        assert json.loads((tmp_path / "run" / "generation.json").read_text()) == kept
         assert main([*arguments, "generation.max_tokens=3", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["max_tokens"] == 3
         assert main([*arguments, "--task", "x.yaml"]) == 2

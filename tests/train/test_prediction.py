@@ -17,7 +17,7 @@ from lmobj.data import JsonLines
 from lmobj.errors import UserError
 from lmobj.objectives import Regression
 from lmobj.train import FitResult, fit
-from lmobj.train.prediction import predict
+from lmobj.train.prediction import _check_origin, predict
 from lmobj.train.trained import TrainedRun, open_run
 
 Captured = pytest.CaptureFixture[str]
@@ -62,9 +62,15 @@ def test_a_stopped_prediction_is_gone_on_with(run: TrainedRun, tmp_path: pathlib
         whole = (tmp_path / "whole.jsonl").read_bytes()
         begun = whole.splitlines(keepends=True)
         # Five lines were written and part of a sixth; the first is changed, to see that it is kept.
-        (tmp_path / "out.jsonl.partial").write_bytes(b"{}\n" + b"".join(begun[1:5]) + begun[5][:7])
+        partial = tmp_path / "out.jsonl.partial"
+        _check_origin(partial, run, inputs)
+        partial.write_bytes(b"{}\n" + b"".join(begun[1:5]) + begun[5][:7])
+        later = TrainedRun(run.assembly, run.state._replace(step=run.state.step + 1))
+        with pytest.raises(UserError, match=r"partial' is what an earlier .* whose step is \d+ and not \d+"):
+            predict(later, inputs, tmp_path / "out.jsonl", quiet=True)
         assert predict(run, inputs, tmp_path / "out.jsonl", quiet=True) == 11
     assert (tmp_path / "out.jsonl").read_bytes() == b"{}\n" + b"".join(begun[1:])
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "whole.jsonl"}
 
 
 def test_what_cannot_be_predicted(run: TrainedRun, causal: FitResult, tmp_path: pathlib.Path) -> None:

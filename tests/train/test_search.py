@@ -15,8 +15,8 @@ from lmobj import config
 from lmobj.errors import UserError
 from lmobj.train.devices import device_kind
 from lmobj.train.forecast import Forecast, Memory, NoRoomError, designed
+from lmobj.train.mesh_search import Candidate, MeshSearchResult, _Search, search
 from lmobj.train.roofline import Roofline
-from lmobj.train.search import Candidate, SearchResult, _Search, search
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.targets import Target, make_target
 
@@ -34,7 +34,7 @@ def _designed_once(config: Any, target: Target) -> Any:
 @pytest.fixture(autouse=True)
 def _share_designs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The searches below look at the same meshes of the same models."""
-    monkeypatch.setattr(sys.modules["lmobj.train.search"], "designed", _designed_once)
+    monkeypatch.setattr(sys.modules["lmobj.train.mesh_search"], "designed", _designed_once)
 
 
 def tiny(**model: Any) -> Any:
@@ -66,7 +66,7 @@ def made_up(settings: Any, target: Target, *, seconds: float = 1.0, temporary: i
 
 def searched(
     settings: Any, evaluate: Callable[[Any, Target], Forecast], most: int, kind: Any = None
-) -> tuple[SearchResult, list[Any]]:
+) -> tuple[MeshSearchResult, list[Any]]:
     """The result of a search on eight devices, and the configs that it compiled."""
     target = make_target(device_kind("h100"), 8)
     target = target if kind is None else dataclasses.replace(target, kind=kind)

@@ -111,8 +111,8 @@ def test_a_model_that_knows_a_bigram_answers_by_it(run: Run, write: Any, tmp_pat
     assert figures["matthews"] == pytest.approx(2 / np.sqrt(12))
     assert figures["confusion"] == [[2, 0], [1, 1]]
     found.write(RunFolder(tmp_path / "run"))
-    assert json.loads((tmp_path / "run" / "eval" / "animals.json").read_text()) == figures
-    lines = (tmp_path / "run" / "eval" / "animals.jsonl").read_text().splitlines()
+    assert json.loads((tmp_path / "run" / "eval" / "tasks" / "animals.json").read_text()) == figures
+    lines = (tmp_path / "run" / "eval" / "tasks" / "animals.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == found.answers
     assert found.answers[1]["text"] == "the quiet"
     assert found.answers[1]["label"] == "r"

@@ -37,6 +37,13 @@ class _Search(NamedTuple):
     text_cells: NDArray[np.intp]
     """Of each text, a place among the texts of all rows, row after row."""
 
+    def without_themselves(self, part: slice, scores: NDArray) -> NDArray:
+        """The scores of some queries, -inf where a text is the query itself and does not belong to it."""
+        itself = self.texts[None, :] == self.queries[part][:, None]
+        for row, own in zip(itself, self.relevant[part], strict=True):
+            row[own] = False
+        return np.where(itself, -np.inf, scores)
+
     @staticmethod
     def among(ids: NDArray[np.int32]) -> _Search:
         """Of rows [n, T] of ids, the query first."""
@@ -89,7 +96,7 @@ def _ranked(search: _Search, scores: Callable[[slice], NDArray]) -> tuple[list[l
     ranks, first = [], []
     for start in range(0, len(search.queries), _CHUNK):
         part = slice(start, start + _CHUNK)
-        found = scores(part)
+        found = search.without_themselves(part, scores(part))
         ranks += relevant_ranks(found, search.relevant[part])
         first += np.argmax(found, axis=1).tolist()
     return ranks, first

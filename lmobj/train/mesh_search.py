@@ -28,7 +28,7 @@ from lmobj.train.roofline import memory_traffic, roofline
 from lmobj.train.sharding import MESH_AXES, MeshConfig, ways
 from lmobj.train.targets import Target, make_target
 
-__all__ = ["Candidate", "SearchResult", "search"]
+__all__ = ["Candidate", "MeshSearchResult", "search"]
 
 _LEFT_OUT = ("offload",)
 """Policies that are not tried: what moving activations to the host costs is not in the estimate."""
@@ -68,7 +68,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class MeshSearchResult:
     """What was tried, and what was found."""
 
     tried: int
@@ -89,7 +89,7 @@ def search(
     *,
     compile_most: int = 6,
     progress: Callable[[str, int, int], None] = lambda doing, done, of: None,
-) -> SearchResult:
+) -> MeshSearchResult:
     """Tries all meshes of `devices` over the axes that the model and the batch are laid out by, and each recomputation
     policy of the model, with as few microbatches as fit.
 
@@ -125,7 +125,7 @@ class _Search:
         self.policies = _policies(config.model)
         self.refused = self.too_large = 0
 
-    def run(self) -> SearchResult:
+    def run(self) -> MeshSearchResult:
         meshes = list(_factorisations(len(self.target.devices), self._axes()))
         open_: list[_Setting] = []
         for number, mesh in enumerate(meshes):
@@ -165,7 +165,7 @@ class _Search:
         self.progress("compiled", compiled, compiled)
         found.sort(key=lambda pair: (pair[1].roofline.step, pair[1].roofline.communication, pair[1].memory.peak))
         tried = len(meshes) * len(self.policies)
-        return SearchResult(tried, self.refused, self.too_large, compiled, tuple(found))
+        return MeshSearchResult(tried, self.refused, self.too_large, compiled, tuple(found))
 
     def _axes(self) -> tuple[str, ...]:
         """The mesh axes that the model's parameters, the batch or its length are laid out by, and `data`."""
