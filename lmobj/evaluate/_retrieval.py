@@ -102,8 +102,8 @@ def relevant_ranks(scores: ArrayLike, relevant: Sequence[Sequence[int]]) -> list
         raise UserError(f"scores have the shape {s.shape}, or are NaN; accepted: numbers [{len(relevant)}, D].")
     found = []
     for row, own in zip(s, relevant, strict=True):
-        others = np.sort(np.delete(row, own))
-        ahead = len(others) - np.searchsorted(others, -np.sort(-row[list(own)]), side="left")
+        scored = -np.sort(-row[list(own)])
+        ahead = np.array([np.count_nonzero(row >= score) - np.count_nonzero(scored >= score) for score in scored])
         found.append((ahead + np.arange(1, len(own) + 1)).tolist())
     return found
 

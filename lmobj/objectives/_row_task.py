@@ -107,8 +107,10 @@ class RowTask(DropsTokens):
         hidden, head = hidden_states(models["model"], example, ctx), models["heads"]
         if self.pooling == "mean":
             assert example.mask.segment_ids is not None
-            inside = self.inside(example.mask.segment_ids).astype(hidden.dtype)
-            states = inside @ hidden / jnp.maximum(jnp.sum(inside, axis=2, keepdims=True), 1)
+            precise = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+            inside = self.inside(example.mask.segment_ids).astype(precise.dtype)
+            mean = inside @ precise / jnp.maximum(jnp.sum(inside, axis=2, keepdims=True), 1)
+            states = mean.astype(hidden.dtype)
         else:
             states = example.at_predictions(hidden)
         rows = len(states)
