@@ -133,12 +133,12 @@ def test_eval_answers_a_task_and_keeps_what_was_found(capsys: Captured) -> None:
     assert main(["eval", "causal", "--task", "words.yaml"]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["words", "this model", "commonest answer"]
-    found = json.loads(pathlib.Path("causal/eval/words.json").read_text())
+    found = json.loads(pathlib.Path("causal/eval/tasks/words.json").read_text())
     table = {line[0]: line[1:] for line in lines if len(line) == 3}
     assert table["accuracy"] == [f"{found['accuracy']:.4f}", f"{2 / 3:.4f}"]
     assert table["Matthews"] == [f"{found['matthews']:.4f}", "0.0000"]
     assert [line[0] for line in lines if len(line) == 5] == ["class", "f", "d"]
-    answers = [json.loads(line) for line in pathlib.Path("causal/eval/words.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in pathlib.Path("causal/eval/tasks/words.jsonl").read_text().splitlines()]
     assert [answer["label"] for answer in answers] == ["f", "d", "f"]
     assert main(["eval", "causal", "--task", "words.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found

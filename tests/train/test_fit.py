@@ -25,6 +25,7 @@ from lmobj.errors import UserError
 from lmobj.objectives import Example, Terms
 from lmobj.train import FitResult, fit, run_folder
 from lmobj.train.checkpoint import Checkpoints
+from lmobj.train.evaluation import Evaluation
 from lmobj.train.optimizers import AdamW
 from lmobj.train.schedules import ConstantSchedule
 from lmobj.train.sharding import MeshConfig
@@ -99,7 +100,10 @@ def test_the_result_is_what_the_folder_holds(causal: FitResult) -> None:
     assert restored.step == STEPS
     jax.tree.map(np.testing.assert_array_equal, restored.state, causal.state)
     assert restored.metadata == causal.assembly.identity
-    assert restored.metrics["eval/loss"] == causal.metrics["eval/loss"]
+    # Checkpoints are judged on the same rows at every step, and the run by all.
+    run, batches = causal.assembly, causal.assembly.config.train.evaluate_batches
+    assert restored.metrics["eval/loss"] == Evaluation(run)(causal.state, batches)["loss"]
+    assert causal.metrics["eval/loss"] == Evaluation(run)(causal.state)["loss"] != restored.metrics["eval/loss"]
 
 
 def test_the_report_stands_by_itself(causal: FitResult, masked: FitResult) -> None:

@@ -20,7 +20,7 @@ from lmobj.objectives import ExtractiveQA, TokenClassification
 from lmobj.tasks import Entity, decode_tags
 from lmobj.train import TrainConfig, fit
 from lmobj.train.evaluation import Evaluation
-from lmobj.train.prediction import predict
+from lmobj.train.prediction import _check_origin, predict
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.trained import TrainedRun, open_run
 
@@ -145,6 +145,7 @@ def test_a_stopped_prediction_of_sentences_is_gone_on_with(
     run, inputs = tagger[0], folder_of(tagger[0]) / "dev.conll"
     predicted(run, inputs, tmp_path / "whole.jsonl")
     begun = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    _check_origin(tmp_path / "out.jsonl.partial", run, [str(inputs)])
     (tmp_path / "out.jsonl.partial").write_bytes(b"{}\n" + b"".join(begun[1:5]) + begun[5][:7])
     predicted(run, inputs, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == b"{}\n" + b"".join(begun[1:])
