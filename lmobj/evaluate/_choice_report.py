@@ -8,13 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmobj.evaluate._row_reports import right_answers
-from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
+from lmobj.evaluate._task_report import PROBABILITY_DIGITS, ExampleScores, Record, TaskKind, TaskReport
 from lmobj.tasks import ChoiceReference
 
 __all__ = ["MULTIPLE_CHOICE"]
-
-_DIGITS = 6
-"""Of probabilities."""
 
 
 def _report(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: ChoiceReference) -> TaskReport:
@@ -35,7 +32,7 @@ def _report(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: C
                 "target": example.label,
                 "prediction": guess,
                 "logits": said.tolist(),
-                "probabilities": softmax(said).round(_DIGITS).tolist(),
+                "probabilities": softmax(said).round(PROBABILITY_DIGITS).tolist(),
             }
 
     parts = {"all": np.ones(count, np.bool_), "whole": ~cut, "cut to fit": cut}

@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 
 from lmobj.evaluate._class_scores import average_precisions, score_labels
 from lmobj.evaluate._row_reports import right_answers
-from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
+from lmobj.evaluate._task_report import PROBABILITY_DIGITS, ExampleScores, Record, TaskKind, TaskReport
 
 __all__ = ["MULTI_LABEL"]
 
-_DIGITS = 6
-"""Of probabilities."""
 _NONE = -1e9
 """The logit of a label of which a model that has diverged says nothing."""
 
@@ -47,7 +45,7 @@ def _report(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: A
                 "target": named(target),
                 "prediction": named(guess),
                 "logits": row.tolist(),
-                "probabilities": dict(zip(classes, expit(row).round(_DIGITS).tolist(), strict=True)),
+                "probabilities": dict(zip(classes, expit(row).round(PROBABILITY_DIGITS).tolist(), strict=True)),
             }
 
     return TaskReport(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lmobj.evaluate._class_scores import confusion_matrix, score_classes
 from lmobj.evaluate._row_reports import classification_report, label_nll, right_answers
-from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
+from lmobj.evaluate._task_report import Record, TaskKind, TaskReport, f1_of_counts
 from lmobj.tasks import RelationReference
 
 __all__ = ["RELATION"]
@@ -73,19 +73,9 @@ def _most_frequent_relation(trained: RelationReference, held_out: RelationRefere
     return {"most frequent class": figures}
 
 
-def _micro_f1(records: Sequence[Record]) -> ExampleScores:
-    """2 right / (true + found), of counts over texts."""
-
-    def statistic(means: NDArray[np.float64]) -> NDArray[np.float64]:
-        true, found, right = means.T
-        return np.where(right > 0, 2 * right / np.where(right > 0, true + found, 1), 0.0)
-
-    return ExampleScores(np.array([one["relations"] for one in records], np.float64), statistic)
-
-
 RELATION = TaskKind(
     figures=("macro_f1", "micro_f1"),
     report=_report,
     baselines=_most_frequent_relation,
-    scores={"accuracy": right_answers, "micro_f1": _micro_f1, "nll": label_nll},
+    scores={"accuracy": right_answers, "micro_f1": f1_of_counts("relations"), "nll": label_nll},
 )

@@ -10,12 +10,9 @@ from numpy.typing import NDArray
 
 from lmobj.evaluate._class_scores import ClassReport, score_classes, score_numbers
 from lmobj.evaluate._pictures import ConfusionPicture, ScatterPicture
-from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
+from lmobj.evaluate._task_report import PROBABILITY_DIGITS, ExampleScores, Record, TaskKind, TaskReport
 
 __all__ = ["CLASSIFICATION", "REGRESSION", "classification_report", "label_nll", "right_answers"]
-
-_DIGITS = 6
-"""Of probabilities."""
 
 
 def classification_report(outputs: Mapping[str, NDArray], classes: Sequence[str], reference: Any) -> TaskReport:
@@ -28,7 +25,7 @@ def classification_report(outputs: Mapping[str, NDArray], classes: Sequence[str]
         from scipy.special import softmax
 
         for index, (target, guess, row) in enumerate(zip(targets, given, logits, strict=True)):
-            probabilities = dict(zip(classes, softmax(row).round(_DIGITS).tolist(), strict=True))
+            probabilities = dict(zip(classes, softmax(row).round(PROBABILITY_DIGITS).tolist(), strict=True))
             yield {
                 "index": index,
                 "target": classes[target],

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmobj.evaluate._entity_scores import score_entities
-from lmobj.evaluate._task_report import ExampleScores, Record, TaskKind, TaskReport
+from lmobj.evaluate._task_report import Record, TaskKind, TaskReport, f1_of_counts
 from lmobj.tasks import TagReference, decode_tags
 
 __all__ = ["TOKEN_CLASSIFICATION"]
@@ -55,19 +55,9 @@ def _most_frequent_tags(trained: TagReference, held_out: TagReference) -> dict[s
     return {"most frequent tag of each word": {"entity_f1": overall.f1}}
 
 
-def _entity_f1(records: Sequence[Record]) -> ExampleScores:
-    """2 right / (true + found), of counts over sentences."""
-
-    def statistic(means: NDArray[np.float64]) -> NDArray[np.float64]:
-        true, found, right = means.T
-        return np.where(right > 0, 2 * right / np.where(right > 0, true + found, 1), 0.0)
-
-    return ExampleScores(np.array([one["entities"] for one in records], np.float64), statistic)
-
-
 TOKEN_CLASSIFICATION = TaskKind(
     figures=("entity_f1", "entity_precision", "entity_recall"),
     report=_report,
     baselines=_most_frequent_tags,
-    scores={"entity_f1": _entity_f1},
+    scores={"entity_f1": f1_of_counts("entities")},
 )

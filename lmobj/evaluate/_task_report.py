@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from lmobj.evaluate._pictures import Picture
 
-__all__ = ["ExampleScores", "TaskKind", "TaskReport"]
+__all__ = ["PROBABILITY_DIGITS", "ExampleScores", "TaskKind", "TaskReport", "f1_of_counts"]
 
 Record = dict[str, Any]
+
+PROBABILITY_DIGITS = 6
+"""After the point, in records and predictions."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,13 @@ class TaskKind(NamedTuple):
     report: Callable[[Mapping[str, NDArray], Sequence[str], Any], TaskReport]
     baselines: Callable[[Any, Any], dict[str, dict[str, float]]]
     scores: Mapping[str, Callable[[Sequence[Record]], ExampleScores]]
+
+
+def f1_of_counts(name: str) -> Callable[[Sequence[Record]], ExampleScores]:
+    """2 right / (true + found), of the counts [true, found, right] that each record has under a name."""
+
+    def statistic(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        true, found, right = means.T
+        return np.where(right > 0, 2 * right / np.where(right > 0, true + found, 1), 0.0)
+
+    return lambda records: ExampleScores(np.array([one[name] for one in records], np.float64), statistic)
