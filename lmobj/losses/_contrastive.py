@@ -20,7 +20,7 @@ def info_nce(
     temperature: float = 1.0,
     candidates: Bool[Array, "*N M"] | None = None,
 ) -> Float[Array, "*N"]:
-    """Negative log-likelihood in nats of the candidate that belongs, among those at hand, unreduced:
+    """Negative log-likelihood in nats of the candidate that belongs, among those at hand, unreduced.
 
         -log( exp(s_t / temperature) / sum_{m in candidates} exp(s_m / temperature) )
 
@@ -51,8 +51,23 @@ def similarity_stats(
     temperature: float = 1.0,
     candidates: Bool[Array, "*N M"] | None = None,
 ) -> LogitStats:
-    """The statistics that `info_nce` is made of, with the same arguments; `correct` tells whether no other candidate
-    is more similar than the target."""
+    """The statistics that `info_nce` is made of, with the same arguments.
+
+        info_nce = logsumexp - target_logit,  of the logits s / temperature
+
+    `correct` tells whether no other candidate is more similar than the target.
+
+    Args:
+      similarity, targets, temperature, candidates: as for `info_nce`.
+
+    Returns:
+      `LogitStats` over the candidates.
+
+    Raises:
+      UserError: shapes or types that do not fit, or a temperature out of range.
+
+    Source: as for `info_nce`.
+    """
     if isinstance(temperature, int | float) and not 0 < temperature < math.inf:
         raise UserError(f"info_nce: temperature is {temperature}; it must be a finite number above 0.")
     scaled = similarity.astype(jnp.promote_types(similarity.dtype, jnp.float32)) / temperature

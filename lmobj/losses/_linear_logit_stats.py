@@ -35,11 +35,12 @@ def linear_logit_stats(
     soft_cap: float | None = None,
     block_size: int | None = None,
 ) -> LogitStats:
-    """What losses need of `logits = soft_cap(hidden @ table.T + bias)`, without ever storing the logits.
+    """What losses need of the logits that an output table gives, without ever storing the logits.
 
-    soft_cap(x) = c * tanh(x / c), with c = `soft_cap` (Gemma 2, https://arxiv.org/abs/2408.00118, section 2). Memory
-    beyond inputs and gradients is two to three blocks of logits. Where one block holds everything, its logits are kept
-    for the backward pass; otherwise they are computed again.
+        logits = c tanh((hidden @ table.T + bias) / c),  or without tanh where there is no cap c
+
+    Memory beyond inputs and gradients is two to three blocks of logits. Where one block holds everything, its logits
+    are kept for the backward pass; otherwise they are computed again.
 
     Products take the common type of `hidden` and `table` and add up in float32 (float64 for float64 inputs); the
     statistics have that type. Gradients reach `hidden`, `table` and `bias`, in reverse mode only.
@@ -69,6 +70,10 @@ def linear_logit_stats(
 
     Raises:
       UserError: shapes or types that do not fit, or settings out of range.
+
+    Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", https://arxiv.org/abs/1805.02867,
+    alg. 3; the cap Gemma Team 2024, "Gemma 2: Improving Open Language Models at a Practical Size",
+    https://arxiv.org/abs/2408.00118, section 2.
     """
     check_linear(
         "linear_logit_stats", hidden, table, {"targets": targets}, bias, vocab_mask, vocab_size, soft_cap, block_size

@@ -31,8 +31,10 @@ def linear_gumbel_sample(
 ) -> Int[Array, "*N"]:
     """One class for each token, drawn from softmax(logits / temperature), without ever storing the logits.
 
-    argmax over v of logits[v] / temperature + G(seed, v), where logits = soft_cap(hidden @ table.T + bias) and G is
-    standard Gumbel noise (the Gumbel-max trick). No gradient passes.
+        argmax_v logits[v] / temperature + G(seed, v)
+
+    where the logits are those of `linear_logit_stats` and G is standard Gumbel noise (the Gumbel-max trick). No
+    gradient passes.
 
     The noise is `noise.gumbel`: a hash of the token's seed and the class. So a token draws the same class whatever the
     blocks, the mesh, the padding of the table and the tokens around it (up to the rounding of its logits). A hash and
@@ -52,6 +54,8 @@ def linear_gumbel_sample(
 
     Raises:
       UserError: shapes or types that do not fit, or settings out of range.
+
+    Source: Maddison et al. 2014, "A* Sampling", https://arxiv.org/abs/1411.0030.
     """
     check_linear(
         "linear_gumbel_sample",

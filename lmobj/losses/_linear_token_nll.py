@@ -1,4 +1,4 @@
-"""The NLL of tokens straight from hidden states and the output table."""
+"""The loss of tokens straight from hidden states and the output table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def linear_token_nll(
     z_loss: float = 0.0,
     block_size: int | None = None,
 ) -> Float[Array, "*N"]:
-    """`token_nll(soft_cap(hidden @ table.T + bias), targets)`, unreduced, without ever storing the logits.
+    """Negative log-likelihood of each target in nats, unreduced, without ever storing the logits.
+
+        token_nll(c tanh((hidden @ table.T + bias) / c), targets),  or without tanh where there is no cap c
 
     For accuracy, or several losses from one pass, take `linear_logit_stats` and the functions of its result.
 
@@ -42,6 +44,8 @@ def linear_token_nll(
 
     Raises:
       UserError: shapes or types that do not fit, or settings out of range.
+
+    Source: as for `linear_logit_stats` and `token_nll`.
     """
     if label_smoothing and offtarget_smoothing:
         raise UserError(

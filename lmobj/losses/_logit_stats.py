@@ -1,4 +1,4 @@
-"""The statistics of one token's logits from which losses are made, and the losses."""
+"""Losses of one class among many, a token of the vocabulary for one, and the statistics that they are made of."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ def logit_stats(
 ) -> LogitStats:
     """The statistics of logits at hand, in `promote_types(logits, float32)`.
 
+        logits[target],  log sum_v exp(logits[v]),  sum_v logits[v],  max_v logits[v]
+
     Args:
       logits: [..., V].
       targets: [...] class ids.
@@ -61,6 +63,9 @@ def logit_stats(
 
     Raises:
       UserError: shapes or types that do not fit.
+
+    Source: Blanchard et al. 2021, "Accurately computing the log-sum-exp and softmax functions", for the
+    logarithm of a sum that does not overflow.
     """
     if logits.ndim < 1 or targets.shape != logits.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise UserError(
@@ -84,30 +89,43 @@ def logit_stats(
 
 
 def token_nll(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """Negative log-likelihood of each target in nats, unreduced: logsumexp(logits) - logits[target].
+    """Negative log-likelihood of each target in nats, unreduced.
+
+        -log p_t = logsumexp(logits) - logits[t],  p = softmax(logits)
 
     Computed in `promote_types(logits, float32)`. Where logits come from a table, `linear_token_nll` does without them.
 
     Args:
       logits: [..., V] unnormalised log-probabilities.
-      targets: [...] class ids; an id outside 0..V-1 has an NLL of +inf.
+      targets: [...] t, class ids; an id outside 0..V-1 has an NLL of +inf.
 
     Raises:
       UserError: shapes or types that do not fit.
+
+    Source: Bishop 2006, "Pattern Recognition and Machine Learning", eq. 4.108; of the next token Bengio et al. 2003, "A
+    Neural Probabilistic Language Model", section 2.
     """
     return nll(logit_stats(logits, targets))
 
 
 def nll(stats: LogitStats) -> Float[Array, "*N"]:
-    """Negative log-likelihood in nats: logsumexp - target_logit."""
+    """Negative log-likelihood of each target in nats, from statistics.
+
+        logsumexp - target_logit
+
+    Args:
+      stats: of `logit_stats` or `linear_logit_stats`.
+
+    Source: as for `token_nll`.
+    """
     return stats.logsumexp - stats.target_logit
 
 
 def label_smoothed_nll(stats: LogitStats, *, epsilon: float, num_classes: int | Int[Array, ""]) -> Float[Array, "*N"]:
-    """Cross-entropy with q = (1 - epsilon) [v = target] + epsilon / V on every class, the target included.
+    """Cross-entropy in nats with epsilon / V of the target distribution on every class, the target included.
 
-    (1 - epsilon) * nll + epsilon * (logsumexp - sum_logits / V). Szegedy et al. 2016, https://arxiv.org/abs/1512.00567,
-    section 7; the convention of `torch.nn.functional.cross_entropy(label_smoothing=...)`.
+        -sum_v q_v log p_v = (1 - epsilon) nll + epsilon (logsumexp - sum_logits / V)
+        q_v = (1 - epsilon) [v = t] + epsilon / V
 
     Args:
       stats: statistics over V classes.
@@ -116,6 +134,9 @@ def label_smoothed_nll(stats: LogitStats, *, epsilon: float, num_classes: int | 
 
     Raises:
       UserError: epsilon out of range.
+
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision",
+    https://arxiv.org/abs/1512.00567, section 7; `torch.nn.functional.cross_entropy(label_smoothing=...)`.
     """
     _check_epsilon("label_smoothed_nll", epsilon)
     return (1 - epsilon) * nll(stats) + epsilon * (stats.logsumexp - stats.sum_logits / num_classes)
@@ -124,9 +145,11 @@ def label_smoothed_nll(stats: LogitStats, *, epsilon: float, num_classes: int | 
 def offtarget_smoothed_nll(
     stats: LogitStats, *, epsilon: float, num_classes: int | Int[Array, ""]
 ) -> Float[Array, "*N"]:
-    """Cross-entropy with q = 1 - epsilon on the target and epsilon / (V - 1) on each other class.
+    """Cross-entropy in nats with 1 - epsilon of the target distribution on the target, the rest on the other classes.
 
-    With low = epsilon / (V - 1): (1 - epsilon - low) * nll + low * sum_v -log p[v]. The convention of fairseq and t5x.
+        -sum_v q_v log p_v = (1 - epsilon - low) nll + low (V logsumexp - sum_logits),  low = epsilon / (V - 1)
+        q_t = 1 - epsilon,  q_v = low for every other v
+
     t5x also subtracts the entropy of q, so that a perfect fit costs 0: subtract `offtarget_smoothing_entropy` for that.
 
     Args:
@@ -136,6 +159,8 @@ def offtarget_smoothed_nll(
 
     Raises:
       UserError: epsilon out of range.
+
+    Source: `label_smoothed_nll_loss` of fairseq and `compute_weighted_cross_entropy` of t5x.
     """
     _check_epsilon("offtarget_smoothed_nll", epsilon)
     low = epsilon / (num_classes - 1)
@@ -145,11 +170,16 @@ def offtarget_smoothed_nll(
 def offtarget_smoothing_entropy(*, epsilon: float, num_classes: int) -> float:
     """Entropy in nats of the target distribution of `offtarget_smoothed_nll`, its lowest possible value.
 
-    -(1 - epsilon) log(1 - epsilon) - epsilon log(epsilon / (V - 1)). t5x adds 1e-20 inside the second logarithm; here
-    0 log 0 = 0 instead.
+        -(1 - epsilon) log(1 - epsilon) - epsilon log(epsilon / (V - 1))
+
+    Args:
+      epsilon: in [0, 1).
+      num_classes: V, the number of classes that exist; at least 2.
 
     Raises:
       UserError: epsilon out of range.
+
+    Source: `compute_weighted_cross_entropy` of t5x, which adds 1e-20 inside the second logarithm; here 0 log 0 = 0.
     """
     _check_epsilon("offtarget_smoothing_entropy", epsilon)
     if epsilon == 0:
@@ -158,10 +188,18 @@ def offtarget_smoothing_entropy(*, epsilon: float, num_classes: int) -> float:
 
 
 def z_loss(stats: LogitStats) -> Float[Array, "*N"]:
-    """logsumexp^2, which keeps the softmax's normaliser near 1; T5X and PaLM add 1e-4 of it to the NLL.
+    """What keeps the softmax's normaliser near 1; T5X and PaLM add 1e-4 of it to the NLL.
 
-    With a coefficient z the gradient with respect to the logits is (1 + 2 z logsumexp) softmax - [v = target].
-    PaLM, https://arxiv.org/abs/2204.02311, section 5.
+        logsumexp^2
+
+    With a coefficient z the gradient of nll + z z_loss with respect to the logits is
+    (1 + 2 z logsumexp) softmax - [v = t].
+
+    Args:
+      stats: of `logit_stats` or `linear_logit_stats`.
+
+    Source: Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", https://arxiv.org/abs/2204.02311,
+    section 5.
     """
     return jnp.square(stats.logsumexp)
 
