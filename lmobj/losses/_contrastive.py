@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lmobj.errors import UserError
-from lmobj.losses._logit_stats import LogitStats, logit_stats, nll
+from lmobj.losses._logit_stats import LogitStats, below_largest, check_classes, logit_stats, nll
 
 __all__ = ["info_nce", "similarity_stats"]
 
@@ -53,9 +53,10 @@ def similarity_stats(
 ) -> LogitStats:
     """The statistics that `info_nce` is made of, with the same arguments.
 
-        info_nce = logsumexp - target_logit,  of the logits s / temperature
+        info_nce = logsumexp - target_logit,  of the logits (s - max s) / temperature
 
-    `correct` tells whether no other candidate is more similar than the target.
+    Logits count from the highest, a constant to differentiation: it is their differences that mean something. `correct`
+    tells whether no other candidate is more similar than the target.
 
     Args:
       similarity, targets, temperature, candidates: as for `info_nce`.
@@ -70,7 +71,8 @@ def similarity_stats(
     """
     if isinstance(temperature, int | float) and not 0 < temperature < math.inf:
         raise UserError(f"info_nce: temperature is {temperature}; it must be a finite number above 0.")
-    scaled = similarity.astype(jnp.promote_types(similarity.dtype, jnp.float32)) / temperature
+    check_classes("info_nce", similarity, targets)
     if candidates is not None:
         candidates = candidates | (jnp.arange(similarity.shape[-1]) == targets[..., None])
-    return logit_stats(scaled, targets, vocab_mask=candidates)
+        similarity = jnp.where(candidates, similarity, -jnp.inf)
+    return logit_stats(below_largest(similarity) / temperature, targets, vocab_mask=candidates)

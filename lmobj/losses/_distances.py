@@ -25,7 +25,7 @@ def unit_vectors(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
 
     Source: the definition. Divided by the largest number first, as in LAPACK's `dnrm2`, so that no square overflows.
     """
-    x = _precise(x)
+    x = precise(x)
     x = x / _scale(x)
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
     return x / jnp.sqrt(jnp.where(squares > 0, squares, 1))
@@ -83,7 +83,7 @@ def euclidean_distance(a: Float[Array, "*N D"], b: Float[Array, "*N D"]) -> Floa
     Source: the definition. Divided by the largest number first, as in LAPACK's `dnrm2`, so that no square overflows.
     """
     check_vectors("euclidean_distance", a, b)
-    difference = _precise(a) - _precise(b)
+    difference = precise(a) - precise(b)
     scale = _scale(difference)
     squares = jnp.sum(jnp.square(difference / scale), axis=-1)
     apart = squares > 0
@@ -92,7 +92,7 @@ def euclidean_distance(a: Float[Array, "*N D"], b: Float[Array, "*N D"]) -> Floa
 
 def squared_distance(a: Float[Array, "*N D"], b: Float[Array, "*N D"]) -> Float[Array, "*N"]:
     """|a - b|^2, for vectors that fit."""
-    return jnp.sum(jnp.square(_precise(a) - _precise(b)), axis=-1)
+    return jnp.sum(jnp.square(precise(a) - precise(b)), axis=-1)
 
 
 def check_vectors(name: str, a: Float[Array, "*N D"], b: Float[Array, "*N D"]) -> None:
@@ -107,5 +107,7 @@ def _scale(x: Float[Array, "*N D"]) -> Float[Array, "*N 1"]:
     return jnp.where(largest > 0, largest, 1)
 
 
-def _precise(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+def precise(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    """In float32 at least. What takes part in two distances goes through this once: its gradients add up before they
+    are rounded to its own type."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmobj.errors import UserError
+from lmobj.losses._logit_stats import below_largest
 
 __all__ = ["forward_kl", "jensen_shannon", "reverse_kl", "soft_target_nll"]
 
@@ -129,7 +130,10 @@ def jensen_shannon(
             "1)."
         )
     log_s, log_t = _log_softmaxes("jensen_shannon", logits, teacher_logits, temperature)
-    log_m = jnp.logaddexp(math.log(beta) + log_t, math.log1p(-beta) + log_s)
+    # Where both are -inf, so is log m, but logaddexp has no gradient there; the terms count for nothing anyhow.
+    absent = jnp.isneginf(log_t) & jnp.isneginf(log_s)
+    of_teacher, of_student = (jnp.where(absent, 0, x) for x in (log_t, log_s))
+    log_m = jnp.logaddexp(math.log(beta) + of_teacher, math.log1p(-beta) + of_student)
     return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
 
 
@@ -150,9 +154,8 @@ def _log_softmaxes(
 
 
 def _log_softmax(logits: Float[Array, "*N V"], temperature: float) -> Float[Array, "*N V"]:
-    """Of logits / temperature, divided after the largest is taken away, which would be rounded otherwise."""
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    return jax.nn.log_softmax((logits - largest) / temperature, axis=-1)
+    """Of logits / temperature, divided after the largest is taken away: rounding a quotient costs by its size."""
+    return jax.nn.log_softmax(below_largest(logits) / temperature, axis=-1)
 
 
 def _common(x: Array, y: Array) -> jnp.dtype:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lmobj.errors import UserError
 from lmobj.losses._binary import check_binary
-from lmobj.losses._logit_stats import token_nll
+from lmobj.losses._logit_stats import below_largest, check_classes, token_nll
 
 __all__ = ["binary_focal_loss", "focal_loss"]
 
@@ -74,13 +74,13 @@ def focal_loss(logits: Float[Array, "*N V"], targets: Int[Array, "*N"], *, gamma
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 4, there of two classes.
     """
-    nll = token_nll(logits, targets)
     _check_gamma("focal_loss", gamma)
-    logits = logits.astype(nll.dtype)
+    check_classes("focal_loss", logits, targets)
+    logits = below_largest(logits)
     others = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], -jnp.inf, logits)
     alone = jnp.all(jnp.isneginf(others), axis=-1)  # no other class: p_t = 1, and log(1 - p_t) would have no gradient
     rest = jax.nn.logsumexp(jnp.where(alone[..., None], 0, others), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.where(alone, 0**gamma, jnp.exp(gamma * jnp.where(alone, 0, rest))) * nll
+    return jnp.where(alone, 0**gamma, jnp.exp(gamma * jnp.where(alone, 0, rest))) * token_nll(logits, targets)
 
 
 def _check_gamma(name: str, gamma: float) -> None:

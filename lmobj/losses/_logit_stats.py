@@ -13,6 +13,8 @@ from lmobj.errors import UserError
 
 __all__ = [
     "LogitStats",
+    "below_largest",
+    "check_classes",
     "label_smoothed_nll",
     "logit_stats",
     "nll",
@@ -67,11 +69,7 @@ def logit_stats(
     Source: Blanchard et al. 2021, "Accurately computing the log-sum-exp and softmax functions", for the
     logarithm of a sum that does not overflow.
     """
-    if logits.ndim < 1 or targets.shape != logits.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise UserError(
-            f"logit_stats: targets must be integers of shape {logits.shape[:-1]} for logits of shape {logits.shape}, "
-            f"not {targets.dtype}{list(targets.shape)}."
-        )
+    check_classes("logit_stats", logits, targets)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     classes = jnp.arange(logits.shape[-1])
     exists = jnp.ones_like(classes, bool) if vocab_mask is None else vocab_mask
@@ -93,7 +91,8 @@ def token_nll(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[
 
         -log p_t = logsumexp(logits) - logits[t],  p = softmax(logits)
 
-    Computed in `promote_types(logits, float32)`. Where logits come from a table, `linear_token_nll` does without them.
+    Computed in `promote_types(logits, float32)`, from how far logits are below the largest: so it is as exact for
+    large ones. Where logits come from a table, `linear_token_nll` does without them.
 
     Args:
       logits: [..., V] unnormalised log-probabilities.
@@ -105,7 +104,8 @@ def token_nll(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[
     Source: Bishop 2006, "Pattern Recognition and Machine Learning", eq. 4.108; of the next token Bengio et al. 2003, "A
     Neural Probabilistic Language Model", section 2.
     """
-    return nll(logit_stats(logits, targets))
+    check_classes("token_nll", logits, targets)
+    return nll(logit_stats(below_largest(logits), targets))
 
 
 def nll(stats: LogitStats) -> Float[Array, "*N"]:
@@ -202,6 +202,23 @@ def z_loss(stats: LogitStats) -> Float[Array, "*N"]:
     section 5.
     """
     return jnp.square(stats.logsumexp)
+
+
+def below_largest(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
+    """logits - max logits, in `promote_types(logits, float32)`: what losses that depend on differences alone are exact
+    with. Logits that are all -inf stay so; the largest is a constant to differentiation."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return logits - jnp.where(jnp.isneginf(largest), 0, largest)
+
+
+def check_classes(name: str, logits: Array, targets: Array) -> None:
+    """Raises UserError, for the function `name`, where there is not one integer for each row of logits."""
+    if logits.ndim < 1 or targets.shape != logits.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise UserError(
+            f"{name}: targets must be integers of shape {logits.shape[:-1]} for logits of shape {logits.shape}, "
+            f"not {targets.dtype}{list(targets.shape)}."
+        )
 
 
 def _check_epsilon(name: str, epsilon: float) -> None:

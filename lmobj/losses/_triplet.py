@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmobj.errors import UserError
-from lmobj.losses._distances import check_vectors, cosine_similarity, euclidean_distance, squared_distance
+from lmobj.losses._distances import check_vectors, cosine_similarity, euclidean_distance, precise, squared_distance
 
 __all__ = ["cosine_triplet_loss", "euclidean_triplet_loss", "squared_euclidean_triplet_loss"]
 
@@ -31,6 +31,7 @@ def cosine_triplet_loss(
     on another distance. Between unit vectors it is half the squared Euclidean one.
     """
     _check("cosine_triplet_loss", anchors, positives, negatives, margin)
+    anchors = precise(anchors)
     return _hinge(-cosine_similarity(anchors, positives), -cosine_similarity(anchors, negatives), margin)
 
 
@@ -52,6 +53,7 @@ def euclidean_triplet_loss(
     margin 1; `torch.nn.functional.triplet_margin_loss` adds 1e-6 to every difference.
     """
     _check("euclidean_triplet_loss", anchors, positives, negatives, margin)
+    anchors = precise(anchors)
     return _hinge(euclidean_distance(anchors, positives), euclidean_distance(anchors, negatives), margin)
 
 
@@ -73,6 +75,7 @@ def squared_euclidean_triplet_loss(
     unit vectors with margin 0.2.
     """
     _check("squared_euclidean_triplet_loss", anchors, positives, negatives, margin)
+    anchors = precise(anchors)
     return _hinge(squared_distance(anchors, positives), squared_distance(anchors, negatives), margin)
 
 
@@ -80,13 +83,7 @@ def _hinge(near: Float[Array, "*N"], far: Float[Array, "*N"], margin: float) -> 
     return jnp.maximum(near - far + margin, 0)
 
 
-def _check(
-    name: str,
-    anchors: Float[Array, "*N D"],
-    positives: Float[Array, "*N D"],
-    negatives: Float[Array, "*N D"],
-    margin: float,
-) -> None:
+def _check(name: str, anchors: Array, positives: Array, negatives: Array, margin: float) -> None:
     if not 0 < margin < math.inf:
         raise UserError(f"{name}: margin is {margin}; it must be a finite number above 0.")
     check_vectors(name, anchors, positives)
