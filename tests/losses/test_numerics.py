@@ -22,14 +22,11 @@ import mpmath
 import numpy as np
 import plain_formulas as plain
 import pytest
+from loss_inputs import CLASSES, EXTREME, RANDOM, WIDTH, make_array
 from mpmath import mpf
 
 from lmobj import losses
 
-RANDOM, EXTREME = 20, 10
-"""Elements of each kind. The first half of the extreme ones is the same in all of a loss's arrays; in the second half,
-the second array is moved on by one element, the third by two."""
-CLASSES, WIDTH = 5, 4
 _EPSILON = {"float32": 1e-6, "float64": 2e-15}
 """Allowed error in values, relative to the value and to the size of what it is made of: some 16 roundings."""
 _GRADIENT_EPSILON = {"float32": 1e-5, "float64": 1e-13}
@@ -57,8 +54,11 @@ def _of_result(inputs: tuple[Any, ...]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """name: in `losses`. kinds: of its arrays, see `_array`. formula: of one element and the settings, by mpmath.
+    """One loss beside its formula.
 
+    name: in `losses`.
+    kinds: of its arrays, see `loss_inputs.make_array`.
+    formula: of one element's arguments and the settings, by mpmath.
     call: what gives the loss of the arrays, where it is not `losses.<name>` itself.
     size: of the numbers that the loss adds up, to which rounding errors are relative, besides the loss itself.
     """
@@ -205,50 +205,9 @@ NO_LOSS = {
 }
 
 
-def _array(kind: str, place: int, rng: np.random.Generator) -> np.ndarray:
-    """The array of one kind that is at one place among a loss's arguments; all but a table have an element per row."""
-    count = RANDOM + EXTREME
-    scales = np.repeat([1e-3, 1, 30, 1e4], RANDOM // 4)[:, None]
-    high = 1e4
-    if kind == "table":
-        return rng.normal(size=(CLASSES, WIDTH)).astype(np.float32)
-    if kind in ("logits", "support"):
-        peak, pit = np.full(CLASSES, -high), np.full(CLASSES, high)
-        peak[0], pit[0] = high, -high
-        extreme = [np.full(CLASSES, high), np.full(CLASSES, -high), peak, pit, np.zeros(CLASSES)]
-        out = np.concatenate([scales * rng.normal(size=(RANDOM, CLASSES)), _moved(extreme, place)])
-        if kind == "support":
-            out[::3, 2], out[::5, 4] = -np.inf, -np.inf
-        return out.astype(np.float32)
-    if kind in ("vectors", "hidden"):
-        one = np.array([1, -1, 2, 0.5])
-        extreme = [0 * one, high * one, -high * one, 1e-18 * one, high * one[::-1]]
-        return np.concatenate([scales * rng.normal(size=(RANDOM, WIDTH)), _moved(extreme, place)]).astype(np.float32)
-    if kind == "scalars":
-        extreme = [np.array(x) for x in (0, high, -high, 1e-18, 80)]
-        return np.concatenate([scales[:, 0] * rng.normal(size=RANDOM), _moved(extreme, place)]).astype(np.float32)
-    if kind == "probabilities":
-        # Dirichlet draws in eighths, so that they are exact in 16 bits; many are 0, and the last are one-hot.
-        counts = rng.multinomial(8, rng.dirichlet(np.ones(CLASSES), RANDOM)) / 8
-        return np.concatenate([counts, np.eye(CLASSES)[np.arange(EXTREME) % CLASSES]]).astype(np.float32)
-    if kind == "labels":
-        return np.resize([0, 1, 1, 0, 0.25], count).astype(np.float32)
-    if kind == "classes":
-        return np.concatenate([rng.integers(0, CLASSES, RANDOM), np.repeat([0, 1], EXTREME // 2)]).astype(np.int32)
-    if kind == "bits":
-        return np.arange(count) % 2 == 0
-    if kind == "candidates":
-        return rng.random((count, CLASSES)) < 0.5
-    raise AssertionError(kind)
-
-
-def _moved(extreme: list[np.ndarray], place: int) -> np.ndarray:
-    return np.stack([*extreme, *np.roll(np.stack(extreme), place, axis=0)])
-
-
 def _arrays(row: Row, dtype: str = "float32") -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(len(row.name))
-    arrays = [_array(kind, place, rng) for place, kind in enumerate(row.kinds)]
+    arrays = [make_array(kind, place, rng) for place, kind in enumerate(row.kinds)]
     return tuple(x.astype(dtype) if x.dtype == np.float32 else x for x in arrays)
 
 
