@@ -206,10 +206,9 @@ def z_loss(stats: LogitStats) -> Float[Array, "*N"]:
 
 def below_largest(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
     """logits - max logits, in `promote_types(logits, float32)`: what losses that depend on differences alone are exact
-    with. Logits that are all -inf stay so; the largest is a constant to differentiation."""
+    with. The largest is a constant to differentiation."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    return logits - jnp.where(jnp.isneginf(largest), 0, largest)
+    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
 
 def check_classes(name: str, logits: Array, targets: Array) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-RANDOM, EXTREME = 20, 10
+RANDOM, EXTREME = 20, 14
 """Elements of each kind. The first half of the extreme ones is the same in all of a loss's arrays; in the second half,
 the second array is moved on by one element, the third by two."""
 CLASSES, WIDTH = 5, 4
@@ -20,17 +20,20 @@ def make_array(kind: str, place: int, rng: np.random.Generator) -> np.ndarray:
     if kind in ("logits", "support"):
         peak, pit = np.full(CLASSES, -_HIGH), np.full(CLASSES, _HIGH)
         peak[0], pit[0] = _HIGH, -_HIGH
-        extreme = [np.full(CLASSES, _HIGH), np.full(CLASSES, -_HIGH), peak, pit, np.zeros(CLASSES)]
+        near = _HIGH + np.array([0, 1, -1, -0.5, 2])
+        near_but_one = np.where(np.arange(CLASSES) == 2, 3 * _HIGH, near)
+        extreme = [np.full(CLASSES, _HIGH), np.full(CLASSES, -_HIGH), peak, pit, np.zeros(CLASSES), near, near_but_one]
         out = np.concatenate([scales * rng.normal(size=(RANDOM, CLASSES)), _moved(extreme, place)])
         if kind == "support":
             out[::3, 2], out[::5, 4] = -np.inf, -np.inf
         return out.astype(np.float32)
     if kind in ("vectors", "hidden"):
-        one = np.array([1, -1, 2, 0.5])
-        extreme = [0 * one, _HIGH * one, -_HIGH * one, 1e-18 * one, _HIGH * one[::-1]]
+        one = np.array([1, -1, 2, 0.25])
+        sizes = (0, _HIGH, -_HIGH, 1e-18, _HIGH + 0.5, -80)
+        extreme = [*(size * one for size in sizes), _HIGH * one[::-1]]
         return np.concatenate([scales * rng.normal(size=(RANDOM, WIDTH)), _moved(extreme, place)]).astype(np.float32)
     if kind == "scalars":
-        extreme = [np.array(x) for x in (0, _HIGH, -_HIGH, 1e-18, 80)]
+        extreme = [np.array(x) for x in (0, _HIGH, -_HIGH, 1e-18, 80, _HIGH + 0.5, -80)]
         return np.concatenate([scales[:, 0] * rng.normal(size=RANDOM), _moved(extreme, place)]).astype(np.float32)
     if kind == "probabilities":
         # Dirichlet draws in eighths, so that they are exact in 16 bits; many are 0, and the last are one-hot.

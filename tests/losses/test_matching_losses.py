@@ -36,6 +36,13 @@ def test_info_nce_by_hand() -> None:
     assert info_nce(similarity, jnp.asarray([3])) == math.inf
 
 
+def test_what_is_no_candidate_does_not_round_the_others() -> None:
+    # 0.1 and 0.3 beside a 30,000 that is none: log(1 + exp(0.2)) to the last digits, though 0.1 - 30,000 has but two.
+    similarity, candidates = jnp.asarray([[3e4, 0.1, 0.3]]), jnp.asarray([[False, True, True]])
+    found = info_nce(similarity, jnp.asarray([1]), candidates=candidates)
+    np.testing.assert_allclose(found, [math.log1p(math.exp(0.2))], rtol=1e-6)
+
+
 def test_info_nce_is_cross_entropy() -> None:
     torch = pytest.importorskip("torch")
     similarity = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
