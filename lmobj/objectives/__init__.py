@@ -31,6 +31,7 @@ from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._simcse import SimCSE
 from lmobj.objectives._span_boundary import SpanBoundary
 from lmobj.objectives._token_classification import TokenClassification
 from lmobj.objectives._transformer_xl import TransformerXL
@@ -63,6 +64,7 @@ __all__ = [
     "Routed",
     "Rows",
     "SentenceOrderPrediction",
+    "SimCSE",
     "SpanBoundary",
     "Task",
     "TermKind",
