@@ -1,5 +1,6 @@
 """Training objectives: each a frozen dataclass of hyper-parameters that is a pure function of (models, batch, keys)."""
 
+from lmobj.objectives._bi_encoder import BiEncoder, Pooling
 from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
@@ -38,6 +39,7 @@ from lmobj.objectives._transformer_xl import TransformerXL
 
 __all__ = [
     "REGISTRY",
+    "BiEncoder",
     "CausalLM",
     "Classification",
     "Context",
@@ -57,6 +59,7 @@ __all__ = [
     "ObjectiveConfig",
     "ObjectiveState",
     "PermutationLM",
+    "Pooling",
     "Regression",
     "RelationClassification",
     "ReplacedTokenDetection",

@@ -104,6 +104,14 @@ class BiEncoder(Objective):
             extra={"text_ids": batch["text_ids"], "there": there},
         )
 
+    def vectors(
+        self, models: Models, tokens: Int[Array, "B L"], segments: Int[Array, "B L"], ctx: Context
+    ) -> Float[Array, "B D"]:
+        """The vectors of rows of one text each, segment 1."""
+        positions = jnp.arange(tokens.shape[1]) * segments
+        batch = {"tokens": tokens, "segment_ids": segments, "positions": positions, "text_ids": segments[:, :1]}
+        return self.embed(models, self.example(batch, texts_there(segments, 1), 0, 1), ctx)[:, 0]
+
     def embed(self, models: Models, example: Example, ctx: Context) -> Float[Array, "B T D"]:
         """The vectors of the texts, in float32 or wider."""
         hidden, segments = hidden_states(models["model"], example, ctx), example.mask.segment_ids
