@@ -151,6 +151,32 @@ def test_hard_negatives_by_hand() -> None:
     np.testing.assert_allclose(loss, sum(map(nll, expected)) / 2, rtol=1e-5)
 
 
+def test_the_loss_is_that_of_the_released_code() -> None:
+    """Its steps in PyTorch: cosines of first vectors to second and third ones side by side, over the temperature, the
+    weight added on the diagonal of the third, and cross-entropy with the row's number as class."""
+    torch = pytest.importorskip("torch")
+    z = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
+    z1, z2, z3 = (torch.tensor(z[:, i]) for i in range(3))
+    cosine = torch.nn.CosineSimilarity(dim=-1)
+    plain = cosine(z1[:, None], z2[None]) / 0.05
+    hard = torch.cat([plain, cosine(z1[:, None], z3[None]) / 0.05], 1)
+    hard[:, 5:] += 0.7 * torch.eye(5)
+    labels = torch.arange(5)
+
+    def loss(objective: SimCSE, vectors: Any) -> Any:
+        rows, count = vectors.shape[:2]
+        ids = jnp.arange(rows * count).reshape(rows, count)
+        unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+        found, _ = objective.query_losses(_bi_encoder.Texts(jnp.asarray(unit), ids, jnp.ones_like(ids)))
+        return jnp.mean(found)
+
+    expected = torch.nn.functional.cross_entropy(plain, labels)
+    np.testing.assert_allclose(loss(SimCSE(), z[:, :2]), expected, rtol=1e-5)
+    expected = torch.nn.functional.cross_entropy(hard, labels)
+    objective = SimCSE(supervised=True, negatives=1, hard_negative_weight=0.7)
+    np.testing.assert_allclose(loss(objective, z), expected, rtol=1e-5)
+
+
 def test_where_the_head_is() -> None:
     """The head of `found` maps (c, s) to (s, -2 c)."""
 
