@@ -158,6 +158,16 @@ def evaluate(
     generation: Annotated[
         bool, typer.Option("--generation", help="Write texts under several decodings instead, and compare them.")
     ] = False,
+    similarity: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.tsv", help="Compare vectors of pairs of sentences with their scores instead."),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Of --similarity: both texts and the score; sentence1,sentence2,score.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="Of --similarity: first, mean or last token; the objective's, or mean.")
+    ] = None,
     best: Best = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -166,6 +176,8 @@ def evaluate(
     Of a fine-tuned model also the scores of every class, and RUN/eval/ gets a record of every example and a picture.
 
     Example: lmobj eval runs/gpt --task sentiment.yaml
+
+    Example: lmobj eval runs/simcse --similarity sts.tsv
     """
     from lmobj.cli import _evaluating as evaluating
     from lmobj.train.distributed import agreed
@@ -173,8 +185,10 @@ def evaluate(
     keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
-    evaluating.check_options(task, generation, split)
-    if task is not None:
+    evaluating.check_options(task, generation, split, similarity, columns or pooling)
+    if similarity is not None:
+        evaluating.print_similarity(experiment, similarity, columns, pooling, best=best, as_json=as_json)
+    elif task is not None:
         evaluating.print_task(experiment, task, best=best, as_json=as_json)
     elif generation:
         evaluating.print_generation(experiment, best=best, as_json=as_json)

@@ -1,4 +1,5 @@
-"""What `eval` prints: the figures of a split, of a task told in prompts (`--task`), or of texts (`--generation`)."""
+"""What `eval` prints: the figures of a split, of a task told in prompts (`--task`), of texts (`--generation`), or of
+vectors of sentences (`--similarity`)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lmobj.cli._printing import print_table, tell_weights
 from lmobj.config import Experiment, load_task
@@ -14,18 +16,26 @@ from lmobj.evaluate import GenerationConfig
 from lmobj.train.distributed import is_first
 from lmobj.train.generation import check_generation, figure_rows, generation_study
 from lmobj.train.run_folder import RunFolder
+from lmobj.train.similarity import COLUMNS, evaluate_similarity
 from lmobj.train.task_evaluation import TaskResult, evaluate_task
 from lmobj.train.trained import on_one_device, open_run
 
-__all__ = ["check_options", "print_generation", "print_split", "print_task"]
+__all__ = ["check_options", "print_generation", "print_similarity", "print_split", "print_task"]
 
 
-def check_options(task: Path | None, generation: bool, split: str) -> None:
+def check_options(
+    task: Path | None, generation: bool, split: str, similarity: Path | None = None, of_similarity: str | None = None
+) -> None:
     """Refuses options of `eval` that do not go together."""
     if task is not None and generation:
         raise UserError(f"--task is {str(task)!r}, and --generation is given too; accepted: one of the two.")
-    if split != "validation" and (generation or task is not None):
+    if similarity is not None and (generation or task is not None):
         option = "--generation" if generation else "--task"
+        raise UserError(f"--similarity is {str(similarity)!r}, and {option} is given too; accepted: one of the two.")
+    if similarity is None and of_similarity is not None:
+        raise UserError("--columns or --pooling is given without --similarity; accepted: the two of --similarity.")
+    if split != "validation" and (generation or task is not None or similarity is not None):
+        option = "--generation" if generation else "--task" if similarity is None else "--similarity"
         raise UserError(f"--split is {split}, and {option} does not evaluate a split; accepted: one of the two.")
 
 
@@ -89,6 +99,31 @@ def print_task(experiment: Experiment, path: Path, *, best: bool, as_json: bool)
             for one in result.report.classes
         ]
         print_table(("class", "precision", "recall", "F1", "examples"), rows)
+
+
+def print_similarity(
+    experiment: Experiment, path: Path, columns: str | None, pooling: str | None, *, best: bool, as_json: bool
+) -> None:
+    """Compares vectors of sentences with the scores of a file, writes the figures into RUN/eval, and prints them."""
+    names = COLUMNS if columns is None else [name.strip() for name in columns.split(",")]
+    trained = open_run(on_one_device(experiment), best=best, quiet=as_json)
+    given: Any = pooling
+    result = evaluate_similarity(trained, str(path), columns=names, pooling=given, quiet=as_json)
+    written = result.write(RunFolder(experiment.run_dir))
+    if as_json:
+        print(json.dumps(result.figures))
+        return
+    tell_weights(experiment)
+    figures = result.figures
+    words = figures["words"]
+    rows = [(name, f"{figures[name]:.4f}", f"{words[name]:.4f}") for name in ("spearman", "pearson")]
+    shown = [(name, figures[name]) for name in ("alignment", "uniformity") if figures[name] is not None]
+    rows += [(name, f"{value:.4f}", "") for name, value in shown]
+    print_table(
+        (result.name, f"vectors ({figures['pooling']})", "shared words"),
+        [*rows, ("pairs", f"{figures['pairs']:,}", "")],
+    )
+    print(f"\nFile: {written}")
 
 
 def _figures(result: TaskResult) -> Iterable[tuple[str, str, str]]:

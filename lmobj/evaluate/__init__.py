@@ -70,6 +70,7 @@ from lmobj.evaluate._resampling import (
 )
 from lmobj.evaluate._retrieval import RetrievalScores, cosine_scores, relevant_ranks, score_retrieval
 from lmobj.evaluate._sampling import SamplingConfig, sample
+from lmobj.evaluate._similarity import SimilarityScores, score_similarity, uniformity, word_overlap
 from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task_report
 from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
 from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
@@ -115,6 +116,7 @@ __all__ = [
     "SeedDifference",
     "SeedSpread",
     "Shot",
+    "SimilarityScores",
     "TaskKind",
     "TaskReport",
     "TextFigures",
@@ -162,6 +164,7 @@ __all__ = [
     "score_labels",
     "score_numbers",
     "score_retrieval",
+    "score_similarity",
     "scored_text",
     "seed_difference",
     "seed_spread",
@@ -173,5 +176,7 @@ __all__ = [
     "text_statistics",
     "top_k_filter",
     "top_p_filter",
+    "uniformity",
     "unigram_top_k",
+    "word_overlap",
 ]

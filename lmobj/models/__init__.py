@@ -6,7 +6,7 @@ from lmobj.models._decoder import Decoder, DecoderConfig
 from lmobj.models._electra import Electra, ElectraConfig
 from lmobj.models._encoder import Encoder, EncoderConfig
 from lmobj.models._gru import GRUConfig, GRULanguageModel
-from lmobj.models._heads import HeadStyle, JoinedHead, PairHead, SpanBoundaryHead, TokenHead
+from lmobj.models._heads import HeadStyle, JoinedHead, PairHead, SpanBoundaryHead, TokenHead, VectorHead
 from lmobj.models._moe import MoEConfig
 from lmobj.models._protocol import (
     Cache,
@@ -58,6 +58,7 @@ __all__ = [
     "SpanBoundaryHead",
     "TokenHead",
     "TwoStreamModel",
+    "VectorHead",
     "XLNet",
     "XLNetConfig",
     "recorded_routing",

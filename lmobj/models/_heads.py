@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from lmobj.models._layers import ACTIVATIONS, Activation, Embedding, Init, LayerNorm, Linear
 from lmobj.partition import constrain
 
-__all__ = ["HeadStyle", "JoinedHead", "PairHead", "SpanBoundaryHead", "TokenHead"]
+__all__ = ["HeadStyle", "JoinedHead", "PairHead", "SpanBoundaryHead", "TokenHead", "VectorHead"]
 
 _ROW_AXES = ("batch", "activation_embed")
 """A vector for each row. Left alone, the partitioner may gather it to meet a matrix that is spread over `embed`."""
@@ -96,6 +96,18 @@ class TokenHead(nnx.Module):
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L C"]:
         """The logits."""
         return constrain(self.classifier(hidden), ("batch", "length", None))
+
+
+class VectorHead(nnx.Module):
+    """Another vector of a text: tanh(dense(x)), as wide as it was (Gao et al. 2021, section 6.3)."""
+
+    def __init__(self, style: HeadStyle, rngs: nnx.Rngs) -> None:
+        self.dense = style.dense(style.width, style.width, rngs)
+
+    def __call__(self, states: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The vectors."""
+        axes = ("batch", None, "activation_embed")
+        return constrain(jnp.tanh(self.dense(constrain(states, axes))), axes)
 
 
 class JoinedHead(nnx.Module):

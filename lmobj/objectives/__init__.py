@@ -1,5 +1,6 @@
 """Training objectives: each a frozen dataclass of hyper-parameters that is a pure function of (models, batch, keys)."""
 
+from lmobj.objectives._bi_encoder import BiEncoder, Pooling
 from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
@@ -31,12 +32,14 @@ from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._simcse import SimCSE
 from lmobj.objectives._span_boundary import SpanBoundary
 from lmobj.objectives._token_classification import TokenClassification
 from lmobj.objectives._transformer_xl import TransformerXL
 
 __all__ = [
     "REGISTRY",
+    "BiEncoder",
     "CausalLM",
     "Classification",
     "Context",
@@ -56,6 +59,7 @@ __all__ = [
     "ObjectiveConfig",
     "ObjectiveState",
     "PermutationLM",
+    "Pooling",
     "Regression",
     "RelationClassification",
     "ReplacedTokenDetection",
@@ -63,6 +67,7 @@ __all__ = [
     "Routed",
     "Rows",
     "SentenceOrderPrediction",
+    "SimCSE",
     "SpanBoundary",
     "Task",
     "TermKind",

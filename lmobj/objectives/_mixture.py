@@ -155,6 +155,12 @@ class Mixture(Objective):
             with _keys_of(name):
                 member.objective.check_classes(lambda source, names=names: names)  # type: ignore[misc]
 
+    def check_model(self, settings: Any) -> None:
+        """Each member looks at them."""
+        for name, objective in self.objectives.items():
+            with _keys_of(name):
+                objective.check_model(settings)
+
     def use(self, length: int) -> dict[str, RowUse]:
         """Each member's."""
         uses = {name: objective.use(length) for name, objective in self.objectives.items()}

@@ -212,6 +212,9 @@ class Objective:
     def check_classes(self, classes_of: Callable[[str | None], Sequence[str]]) -> None:
         """Refuses data whose classes (`Dataset.classes_of`) it cannot tell apart. Most do not look at them."""
 
+    def check_model(self, settings: Any) -> None:
+        """Refuses settings of a model (`ModelBuilder`) that it cannot train. Most do not look at them."""
+
     def member_rows(self, batch_size: int) -> Mapping[str, int]:
         """Rows of each member's batch in a global batch of `batch_size`, where `rows` returns those of members."""
         raise NotImplementedError

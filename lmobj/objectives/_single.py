@@ -14,6 +14,7 @@ from lmobj.objectives._regression import Regression
 from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._simcse import SimCSE
 from lmobj.objectives._span_boundary import SpanBoundary
 from lmobj.objectives._token_classification import TokenClassification
 from lmobj.objectives._transformer_xl import TransformerXL
@@ -34,6 +35,7 @@ SingleObjective = (
     | RelationClassification
     | ReplacedTokenDetection
     | SentenceOrderPrediction
+    | SimCSE
     | SpanBoundary
     | TokenClassification
     | TransformerXL

@@ -416,6 +416,7 @@ def design(
     moe: MoEConfig | None = getattr(builder, "moe", None)
     if moe is not None:
         check_experts(moe.experts, mesh, rules)
+    objective.check_model(builder)
     rows = objective.rows(vocab, config.data.length)
     check_length(config.data.length, mesh, rules)
     if not isinstance(rows, RowSpec):

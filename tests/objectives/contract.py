@@ -174,6 +174,11 @@ def make_choices(rows: int = BATCH, *, first_row: int = 0) -> Batch:
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
+def make_sentences(**rows: int) -> Batch:
+    """[CLS] text [SEP], most with padding; row r is the same in every batch."""
+    return {name: make_pairs(**rows)[name] for name in ("tokens", "segment_ids", "positions", "row_ids")}
+
+
 def make_relations(**rows: int) -> Batch:
     """[CLS] text [SEP] with two marked places, either first; most with padding; row r is the same in every batch."""
     batch = make_pairs(**rows)
@@ -375,6 +380,22 @@ CASES: dict[str, Case] = {
         packed=False,
         unused=("token_types", "['head']"),
         gathers=True,
+    ),
+    "simcse": Case(
+        objectives.SimCSE(temperature=0.5),
+        {"model": dataclasses.replace(ENCODER, max_length=4 * LENGTH)},  # rows are read at twice their length
+        make=make_sentences,
+        packed=False,
+        unused=("token_types", "['head']"),
+        gathers=True,
+    ),
+    "simcse/supervised": Case(
+        objectives.SimCSE(supervised=True, negatives=1, hard_negative_weight=0.3, temperature=0.5),
+        {"model": ENCODER},
+        make=make_texts,
+        packed=False,
+        gathers=True,
+        variant=True,
     ),
     "triplet": Case(
         objectives.Triplet(distance="euclidean", pooling="first", margin=1.0),

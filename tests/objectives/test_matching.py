@@ -20,7 +20,7 @@ from lmobj import masks
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import EncoderConfig
-from lmobj.objectives import Context, InBatchContrastive, Triplet, _matching, denominators, step_keys, total_loss
+from lmobj.objectives import Context, InBatchContrastive, Triplet, _bi_encoder, denominators, step_keys, total_loss
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import ENCODER, FIRST, learn, vocabulary
 
@@ -146,7 +146,7 @@ def test_triplets_by_hand() -> None:
 def test_states_of_texts(pooling: Any, expected: list[list[float]]) -> None:
     segments = jnp.asarray([[1, 1, 2, 2, 2, 3, 0], [0, 1, 1, 1, 0, 0, 0]])
     hidden = jnp.broadcast_to(jnp.arange(1.0, 8)[:, None], (2, 7, 1)).astype(jnp.bfloat16)
-    states = _matching.text_states(hidden, segments, 3, pooling)
+    states = _bi_encoder.text_states(hidden, segments, 3, pooling)
     assert states.dtype == jnp.float32
     np.testing.assert_allclose(states[..., 0], expected, rtol=1e-6)
 
@@ -272,11 +272,11 @@ BY_HAND = (
     test_both_directions_and_cosines_by_hand,
 )
 BY_GRADIENT = (test_a_text_is_read_by_itself_and_whole,)
-_losses = _matching.losses
+_losses = _bi_encoder.losses
 MUTANTS = [
     (Mutant("equal texts are negatives", InBatchContrastive, "corrupt", _no_ids), BY_HAND),
     (
-        Mutant("all texts are there", _matching, "_texts_there", lambda _: lambda s, n: jnp.ones((len(s), n), bool)),
+        Mutant("all texts are there", _bi_encoder, "texts_there", lambda _: lambda s, n: jnp.ones((len(s), n), bool)),
         BY_HAND,
     ),
     (
