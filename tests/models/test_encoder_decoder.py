@@ -122,7 +122,8 @@ def test_decoder_tokens_do_not_see_later_ones_and_see_all_of_the_encoder() -> No
             jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 12))), encoded
         )
         norms = np.linalg.norm(own[0], axis=-1)
-        assert (norms[:3] > 1e-6).all() and (norms[3:] == 0).all()
+        assert (norms[:3] > 1e-6).all()
+        assert (norms[3:] == 0).all()
         assert (np.linalg.norm(other[0], axis=-1) > 1e-6).all()
 
 
@@ -137,7 +138,8 @@ def test_padding_that_sees_nothing_gives_finite_gradients() -> None:
             return jnp.sum(jnp.sin(y) * (of > 0)[..., None])
 
         gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(state))
-        assert all(np.isfinite(g).all() for g in gradients) and all(np.any(g != 0) for g in gradients[:5])
+        assert all(np.isfinite(g).all() for g in gradients)
+        assert all(np.any(g != 0) for g in gradients[:5])
 
 
 def test_dropout_is_a_rows_own_and_differs_between_encoder_and_decoder() -> None:
