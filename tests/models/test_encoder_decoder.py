@@ -16,9 +16,11 @@ from lmobj import masks
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import EncoderDecoderConfig, EncoderDecoderModel, RowUse
-from lmobj.models._attention import Cross
+from lmobj.models._attention import Attention, Call, Cross, CrossAttention
 from lmobj.models._encoder_decoder import DECODER
+from lmobj.models._layers import normal
 from lmobj.models._relative_bias import RelativeBias, relative_buckets
+from lmobj.objectives import CausalLM, Context, Example
 
 _SIZE: dict[str, Any] = {
     "layers": 2, "decoder_layers": 1, "width": 12, "heads": 2, "head_width": 4, "mlp_width": 16, "max_length": 16,
@@ -236,3 +238,27 @@ def test_operations_are_counted_by_hand() -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         EncoderDecoderConfig(**settings)
+
+
+def test_both_attentions_of_a_layer_drop_out_different_things() -> None:
+    with jax.enable_x64(True):
+        config = EncoderDecoderConfig(**_SIZE, attention_dropout=0.5)
+        spec = config._block_spec(decoder=True)
+        shared: dict[str, Any] = {"init": normal(0.5), "out_init": normal(0.5)}
+        own, across = (kind(spec, **shared, rngs=nnx.Rngs(params=0)) for kind in (Attention, CrossAttention))
+        x, mask = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 12))), masks.bidirectional()
+
+        def gap(dropout: Any) -> Any:
+            call = Call(mask, jnp.zeros((2, 5), int), dropout=dropout, cross=Cross(mask, x))
+            return jnp.abs(own(x, jnp.int32(0), call, None)[0] - across(x, jnp.int32(0), call)).max()
+
+        assert gap(None) < 1e-12  # the same weights see the same rows
+        assert gap(_SEEDS) > 1e-3
+
+
+def test_an_objective_of_one_row_refuses_it() -> None:
+    model = EncoderDecoderConfig(layers=1, width=8, heads=2, mlp_width=8).build(Vocabulary(21), nnx.Rngs(params=0))
+    ones = jnp.ones((1, 3), int)
+    example = Example(inputs=ones, targets=ones, weights=jnp.ones((1, 3)), mask=masks.causal())
+    with pytest.raises(UserError, match="EncoderDecoder, which model"):
+        CausalLM().terms({"model": model}, example, (), Context((), 0, Vocabulary(21)))
