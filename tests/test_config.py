@@ -97,7 +97,11 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "parts"),
     [
-        ("objective: {name: causal_lm}", [], ["model is missing", "decoder, electra, encoder, gru, xlnet"]),
+        (
+            "objective: {name: causal_lm}",
+            [],
+            ["model is missing", "encoder, encoder_decoder, gru, xlnet"],
+        ),
         (
             "model: {name: gru}",
             [],

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from lmobj.adapt._adapted import Adapted, at_least, axes_of, children, positive, trained
 from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
-from lmobj.models._block import Attention
+from lmobj.models._attention import Attention
 from lmobj.models._layers import normal
 
 __all__ = ["Prefix", "PrefixAttention"]

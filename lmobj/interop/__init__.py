@@ -3,7 +3,7 @@ PyTorch is not needed."""
 
 from __future__ import annotations
 
-from lmobj.interop import albert, bert, electra, gpt2, peft, roberta, xlnet
+from lmobj.interop import albert, bart, bert, electra, gpt2, peft, roberta, t5, xlnet
 from lmobj.interop._files import Checkpoint
 
-__all__ = ["Checkpoint", "albert", "bert", "electra", "gpt2", "peft", "roberta", "xlnet"]
+__all__ = ["Checkpoint", "albert", "bart", "bert", "electra", "gpt2", "peft", "roberta", "t5", "xlnet"]

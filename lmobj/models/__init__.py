@@ -5,6 +5,7 @@ from __future__ import annotations
 from lmobj.models._decoder import Decoder, DecoderConfig
 from lmobj.models._electra import Electra, ElectraConfig
 from lmobj.models._encoder import Encoder, EncoderConfig
+from lmobj.models._encoder_decoder import EncoderDecoder, EncoderDecoderCache, EncoderDecoderConfig
 from lmobj.models._gru import GRUConfig, GRULanguageModel
 from lmobj.models._heads import HeadStyle, JoinedHead, PairHead, SpanBoundaryHead, TokenHead, VectorHead
 from lmobj.models._moe import MoEConfig
@@ -12,6 +13,7 @@ from lmobj.models._protocol import (
     Cache,
     CachedModel,
     CountsProducts,
+    EncoderDecoderModel,
     GeneratorDiscriminator,
     HeadedModel,
     LanguageModel,
@@ -24,7 +26,7 @@ from lmobj.models._protocol import (
 from lmobj.models._routing import RoutedModel, RouterSums, RoutingCall, recorded_routing
 from lmobj.models._xlnet import Memory, XLNet, XLNetConfig
 
-ModelConfig = DecoderConfig | ElectraConfig | EncoderConfig | GRUConfig | XLNetConfig
+ModelConfig = DecoderConfig | ElectraConfig | EncoderConfig | EncoderDecoderConfig | GRUConfig | XLNetConfig
 """Every family's settings, told apart by `name`."""
 
 __all__ = [
@@ -37,6 +39,10 @@ __all__ = [
     "ElectraConfig",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderCache",
+    "EncoderDecoderConfig",
+    "EncoderDecoderModel",
     "GRUConfig",
     "GRULanguageModel",
     "GeneratorDiscriminator",

@@ -77,7 +77,7 @@ class DecoderConfig:
     kv_heads: int | None = None
     """Key and value heads, a divisor of `heads` (grouped-query attention); null: as many as query heads."""
     mlp_width: int | None = None
-    """Inner width of the feed-forward part; null: 4 * width, or with swiglu 8/3 * width rounded up to 64s."""
+    """Inner width of the feed-forward part; null: 4 * width, or with a gate 8/3 * width rounded up to 64s."""
     moe: MoEConfig | None = None
     """A mixture of experts in place of the feed-forward part, each expert `mlp_width` wide inside; null: none."""
     max_length: int = 1024
@@ -93,7 +93,7 @@ class DecoderConfig:
     pre_norm: bool = True
     """Norms before attention and feed-forward part and after the last block (GPT-2); false: after each sum (GPT)."""
     activation: Activation = "gelu"
-    """`gelu` (tanh approximation), `gelu_exact` or `swiglu`."""
+    """`gelu` (tanh approximation), `gelu_exact`, `relu`, or with a gate `swiglu` or `geglu` (tanh approximation)."""
     bias: bool = True
     """Whether linear layers and LayerNorm have biases."""
     tie_embeddings: bool = True

@@ -20,6 +20,7 @@ from lmobj.partition import constrain, constrain_to, mesh_axes
 
 __all__ = [
     "ACTIVATIONS",
+    "GATED",
     "MLP",
     "Activation",
     "Axes",
@@ -32,11 +33,13 @@ __all__ = [
     "Norm",
     "RMSNorm",
     "apply_rotary",
+    "fan_in",
     "glorot_uniform",
     "normal",
     "output_head",
     "pad_vocabulary",
     "rotary_angles",
+    "scaled",
     "truncated_normal",
     "uniform",
     "zeros",
@@ -44,16 +47,22 @@ __all__ = [
 
 Axes = tuple[str | None, ...]
 DTypeName = Literal["float32", "bfloat16", "float64"]
-Activation = Literal["gelu", "gelu_exact", "swiglu"]
+Activation = Literal["gelu", "gelu_exact", "relu", "swiglu", "geglu"]
 Init = Callable[[Key[Array, ""], tuple[int, ...], jnp.dtype], Array]
 """(key, shape, dtype) -> initial values."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
     "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
 }
-"""Of the feed-forward part: GELU by tanh (GPT-2), GELU itself (BERT), SiLU of the gate (Shazeer 2020)."""
+"""Of the feed-forward part: GELU by tanh (GPT-2), GELU itself (BERT), ReLU (the Transformer), and of a gate SiLU, or
+GELU by tanh (T5 1.1; Shazeer 2020)."""
+
+GATED = ("swiglu", "geglu")
+"""Activations of a gate, which is a third matrix of the feed-forward part."""
 
 
 def normal(std: float) -> Init:
@@ -78,6 +87,16 @@ def glorot_uniform() -> Init:
         return uniform(math.sqrt(6 / (shape[-2] + shape[-1])))(key, shape, dtype)
 
     return init
+
+
+def fan_in() -> Init:
+    """Normal values of standard deviation 1 / sqrt(inputs)."""
+    return lambda key, shape, dtype: normal(1 / math.sqrt(shape[-2]))(key, shape, dtype)
+
+
+def scaled(init: Init, factor: float) -> Init:
+    """Other initial values times a factor."""
+    return lambda key, shape, dtype: factor * init(key, shape, dtype)
 
 
 def zeros() -> Init:
@@ -173,7 +192,7 @@ class Embedding(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """down(act(up(x))), or down(silu(gate(x)) * up(x)) for swiglu (Shazeer 2020, eq. 6), of linear maps of any kind."""
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) with a gate (Shazeer 2020, eq. 6), of linear maps of any kind."""
 
     activation: Activation
     gate: Callable[[Array], Array] | None
@@ -207,7 +226,7 @@ class MLP(FeedForward):
             )
 
         self.activation = activation
-        self.gate = into() if activation == "swiglu" else None
+        self.gate = into() if activation in GATED else None
         self.up = into()
         self.down = Linear(
             mlp_width, width, axes=("mlp", "embed"), init=out_init, bias=bias, param_dtype=param_dtype, rngs=rngs

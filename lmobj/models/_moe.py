@@ -34,7 +34,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lmobj.errors import UserError
-from lmobj.models._layers import Activation, Axes, FeedForward, Init
+from lmobj.models._layers import GATED, Activation, Axes, FeedForward, Init
 from lmobj.models._routing import RouterSums
 from lmobj.partition import constrain, constrain_to, mesh_axes
 
@@ -115,7 +115,7 @@ class Experts(FeedForward):
     ) -> None:
         linear = functools.partial(_Linears, experts, bias=bias, param_dtype=param_dtype, rngs=rngs)
         self.activation = activation
-        self.gate = linear(width, mlp_width, axes=("embed", "mlp"), init=init) if activation == "swiglu" else None
+        self.gate = linear(width, mlp_width, axes=("embed", "mlp"), init=init) if activation in GATED else None
         self.up = linear(width, mlp_width, axes=("embed", "mlp"), init=init)
         self.down = linear(mlp_width, width, axes=("mlp", "embed"), init=out_init)
 

@@ -17,6 +17,7 @@ __all__ = [
     "Cache",
     "CachedModel",
     "CountsProducts",
+    "EncoderDecoderModel",
     "GeneratorDiscriminator",
     "HeadedModel",
     "LanguageModel",
@@ -98,6 +99,63 @@ class CachedModel(LanguageModel, Protocol):
         Positions count from 0 in each row, without gaps. -1 marks padding after a row's last token: it leaves the
         cache as it is, and its output means nothing.
         """
+        ...
+
+
+@runtime_checkable
+class EncoderDecoderModel(Protocol):
+    """A model that reads one row and writes another."""
+
+    def encode(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B S"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's final hidden states. `positions` default to 0, 1, ..., and restart in each packed document,
+        without gaps; `dropout` is one seed per row, None = no dropout."""
+        ...
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        encoded: Float[Array, "B S D"],
+        *,
+        mask: AttentionMask,
+        cross_mask: AttentionMask,
+        positions: Int[Array, "B T"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The decoder's final hidden states, of tokens that see one another by `mask` and the encoder's by
+        `cross_mask`, such as `masks.bidirectional().packed(segment_ids, encoder_segment_ids)`.
+
+        A token to which `cross_mask` shows nothing (padding) gets something finite, and undefined. `dropout` takes the
+        seeds of `encode`, and draws apart from it.
+        """
+        ...
+
+    def head_hidden(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        """What stands between the decoder and the table."""
+        ...
+
+    def head_table(self) -> OutputHead:
+        """The output table."""
+        ...
+
+    def init_cache(self, encoded: Float[Array, "B S D"], valid: Bool[Array, "B S"], length: int) -> Cache:
+        """A cache of up to `length` tokens per row for rows whose encoder's output is real where `valid`.
+
+        What is computed of that output alone is computed here, once. Rows are first in it: the cache of row r repeated
+        is that of row r decoded several times.
+        """
+        ...
+
+    def step(
+        self, tokens: Int[Array, "B T"], cache: Cache, positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The decoder's hidden states of new tokens, as `CachedModel.step`."""
         ...
 
 
@@ -205,6 +263,8 @@ class RowUse(NamedTuple):
     """Whether the row is read with the model's memory of rows before it."""
     query_stream: bool = False
     """Whether the predictions are made by a second stream (XLNet)."""
+    decoder_length: int = 0
+    """Tokens that a decoder reads beside the `length` of its encoder, where the model has both."""
 
     def keys(self, window: int | None = None) -> float:
         """Tokens of the row that one of its tokens sees, on average: all of them, or half where masks are causal.

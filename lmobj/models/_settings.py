@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lmobj.errors import UserError
-from lmobj.models._layers import DTypeName
+from lmobj.models._layers import GATED, DTypeName
 
 __all__ = [
     "at_least",
@@ -48,9 +48,10 @@ def check_blocks(settings: Any, *rates: str) -> None:
     at_least(settings, 1, "layers", "width", "heads", "mlp_width", "vocab_multiple")
     check_rates(settings, *rates)
     for name in ("norm_eps", "init_std"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"model.{name} is {getattr(settings, name)}; it must be above 0.")
-    if settings.width % settings.heads:
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            raise UserError(f"model.{name} is {value}; it must be above 0.")
+    if getattr(settings, "head_width", None) is None and settings.width % settings.heads:
         raise UserError(
             f"model.heads is {settings.heads} and model.width is {settings.width}; heads must divide the width."
         )
@@ -78,8 +79,8 @@ def check_rotary(settings: Any) -> None:
 
 
 def default_mlp_width(width: int, activation: str) -> int:
-    """4 * width; for swiglu, which has a third matrix, 8/3 * width rounded up to a multiple of 64."""
-    return -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
+    """4 * width; with a gate, which is a third matrix, 8/3 * width rounded up to a multiple of 64."""
+    return -(-8 * width // (3 * 64)) * 64 if activation in GATED else 4 * width
 
 
 def resolve_dtype(name: DTypeName, key: str) -> jnp.dtype:

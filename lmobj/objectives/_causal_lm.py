@@ -19,7 +19,7 @@ from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import LanguageModel
 from lmobj.objectives._objective import Context, Example, Judge, Models, Objective, Terms, token_metrics
-from lmobj.objectives._tokens import head_stats
+from lmobj.objectives._tokens import head_stats, hidden_states
 
 __all__ = ["CausalLM", "check_token_loss", "next_token_example", "next_token_terms"]
 
@@ -99,7 +99,7 @@ class CausalLM(Objective):
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the weighted sum of next-token losses, with label smoothing and z-loss where they are set."""
         model = models["model"]
-        hidden = model.hidden(example.inputs, mask=example.mask, positions=example.positions, dropout=ctx.dropout)
+        hidden = hidden_states(model, example, ctx)
         return next_token_terms(
             model, hidden, example, label_smoothing=self.label_smoothing, z_loss=self.z_loss, carried=carried
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmobj import losses
+from lmobj.errors import UserError
 from lmobj.models import LanguageModel, OutputHead
 from lmobj.objectives._objective import Context, Example, Terms, token_metrics
 
@@ -15,7 +16,16 @@ __all__ = ["head_stats", "hidden_states", "token_terms"]
 
 
 def hidden_states(model: LanguageModel, example: Example, ctx: Context) -> Float[Array, "B L D"]:
-    """The model's last hidden states of the example's rows."""
+    """The model's last hidden states of the example's rows.
+
+    Raises:
+      UserError: the model is no `LanguageModel`: it does not read one row by itself.
+    """
+    if not isinstance(model, LanguageModel):
+        raise UserError(
+            f"the objective reads rows by one model and {type(model).__name__}, which model.name gives, is not of that "
+            "kind; set model.name to a decoder or an encoder, or use an objective for an encoder with a decoder."
+        )
     return model.hidden(
         example.inputs,
         mask=example.mask,

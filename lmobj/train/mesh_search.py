@@ -279,7 +279,7 @@ def _activations(run: Design, remat: str | None, tokens: int) -> tuple[int, int]
     """Bytes kept for the backward pass by all layers, and those at work in one, for `tokens` of a device.
 
     Per layer and token, of values in the model's dtype: a block's input, `width`; with `dots` also the results of the
-    products with weights, 2 (width + kv width) + mlp + width, a second mlp with swiglu; with `none` those of norms and
+    products with weights, 2 (width + kv width) + mlp + width, a second mlp with a gate; with `none` those of norms and
     activations too, 4 width + mlp, and attention's logits and probabilities, 4 + width bytes for each head and key
     (in the manner of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", sec. 4).
     """
@@ -288,7 +288,9 @@ def _activations(run: Design, remat: str | None, tokens: int) -> tuple[int, int]
     if not (width and layers and heads):
         return 0, 0
     size = jax.numpy.dtype(getattr(model, "dtype", "float32")).itemsize
-    mlp = (getattr(model, "mlp_width", None) or 4 * width) * (2 if getattr(model, "activation", "") == "swiglu" else 1)
+    mlp = (getattr(model, "mlp_width", None) or 4 * width) * (
+        2 if getattr(model, "activation", "") in ("swiglu", "geglu") else 1
+    )
     keys = width * (getattr(model, "kv_heads", None) or heads) // heads
     by_heads, by_mlp = ways(run.mesh, run.rules, "heads"), ways(run.mesh, run.rules, "mlp")
     products = (width + 2 * keys) // by_heads + mlp // by_mlp + 2 * width
