@@ -5,6 +5,7 @@ Callers vmap over rows with one key per row. Nothing here knows a model or an ob
 
 from __future__ import annotations
 
+from lmobj.noise._diffusion import DiffusedTokens, diffuse_tokens
 from lmobj.noise._dropout import dropout
 from lmobj.noise._hash import fold_index, fold_places, gumbel
 from lmobj.noise._masking import (
@@ -29,12 +30,14 @@ from lmobj.noise._token_dropout import drop_tokens
 from lmobj.noise._whole_words import mask_whole_words
 
 __all__ = [
+    "DiffusedTokens",
     "MaskedSpans",
     "MaskedTokens",
     "PermutationRanks",
     "PermutedTokens",
     "ReplacedTokens",
     "check_permutation",
+    "diffuse_tokens",
     "drop_tokens",
     "dropout",
     "fold_index",

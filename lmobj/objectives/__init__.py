@@ -5,6 +5,7 @@ from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
+from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._mixture import Member, Mixture
@@ -47,6 +48,7 @@ __all__ = [
     "ExtractiveQA",
     "InBatchContrastive",
     "Judge",
+    "MaskedDiffusion",
     "MaskedLM",
     "Member",
     "Metric",

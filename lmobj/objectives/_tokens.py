@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lmobj import losses
 from lmobj.errors import UserError
@@ -35,10 +35,22 @@ def hidden_states(model: LanguageModel, example: Example, ctx: Context) -> Float
     )
 
 
-def head_stats(states: Float[Array, "B N E"], head: OutputHead, targets: Int[Array, "B N"]) -> losses.LogitStats:
-    """[B, N] statistics of the logits of an output head, which are never stored."""
+def head_stats(
+    states: Float[Array, "B N E"],
+    head: OutputHead,
+    targets: Int[Array, "B N"],
+    vocab_mask: Bool[Array, " V"] | None = None,
+) -> losses.LogitStats:
+    """[B, N] statistics of the logits of an output head, which are never stored; of the tokens in `vocab_mask` alone
+    where it is given."""
     return losses.linear_logit_stats(
-        states, head.table, targets, bias=head.bias, vocab_size=head.vocab_size, soft_cap=head.soft_cap
+        states,
+        head.table,
+        targets,
+        bias=head.bias,
+        vocab_mask=vocab_mask,
+        vocab_size=head.vocab_size,
+        soft_cap=head.soft_cap,
     )
 
 

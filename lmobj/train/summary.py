@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def check_samples(run: Assembly) -> None:
 
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
-        if isinstance(model, CachedModel):
+        if _writes(run, model):
             length = len(tokenizer.encode(prompt))
             if length == 0:
                 raise UserError("it is empty; accepted: a text of at least one character.")
@@ -100,7 +100,7 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
 def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
     """The config's prompts, continued by models that generate and filled by models that fill masks."""
     prompts, tokenizer = run.config.sample, run.dataset.tokenizer
-    if isinstance(model, CachedModel):
+    if _writes(run, model):
         longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
         settings = dataclasses.replace(_SAMPLING, max_new_tokens=_room(model, longest))
         texts = [
@@ -110,6 +110,12 @@ def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
     else:
         texts = [fill_text(model, tokenizer, prompt)[0] for prompt in prompts]
     return [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _writes(run: Assembly, model: Any) -> TypeGuard[CachedModel]:
+    """Whether the model writes on from a prompt: one that could, and was not taught to fill masks instead."""
+    objective = run.objective
+    return isinstance(model, CachedModel) and (objective.causal or not objective.fills_masks)
 
 
 def _room(model: CachedModel, length: int) -> int:

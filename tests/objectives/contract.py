@@ -50,6 +50,7 @@ class Case:
     padded: rows may be padded further without any change of the settings.
     unused: parts of parameter paths that the objective has no use for.
     gathers: each row's loss looks at all rows, which devices therefore gather.
+    placed: the noise of a row depends on its place in the global batch, and so on the batch's size.
     variant: another corruption of an objective that has a case already: only what depends on corruption is tested.
     """
 
@@ -62,6 +63,7 @@ class Case:
     padded: bool = True
     unused: tuple[str, ...] = ("token_types",)
     gathers: bool = False
+    placed: bool = False
     variant: bool = False
 
     def models(self, dtype: str) -> tuple[dict[str, nnx.GraphDef], dict[str, Any]]:
@@ -292,6 +294,13 @@ CASES: dict[str, Case] = {
         {"model": ENCODER},
         sees_later=True,
         variant=True,
+    ),
+    "masked_diffusion": Case(objectives.MaskedDiffusion(), {"model": DECODER}, sees_later=True),
+    "masked_diffusion/mdlm": Case(
+        objectives.MaskedDiffusion(variant="mdlm"), {"model": ENCODER}, sees_later=True, placed=True, variant=True
+    ),
+    "masked_diffusion/truncated": Case(
+        objectives.MaskedDiffusion(truncate_rate=0.5), {"model": ENCODER}, sees_later=True, variant=True
     ),
     "span_boundary": Case(
         objectives.SpanBoundary(mask_rate=0.3, max_span=2, layout="packed"), {"model": ENCODER}, packed=False
