@@ -126,6 +126,10 @@ class Routed(Objective):
         """The objective's."""
         return self.objective.rows(vocab, length)
 
+    def check_model(self, settings: Any) -> None:
+        """The objective's."""
+        self.objective.check_model(settings)
+
     def check_classes(self, classes_of: Callable[[str | None], Sequence[str]]) -> None:
         """The objective's."""
         self.objective.check_classes(classes_of)

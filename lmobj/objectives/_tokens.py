@@ -19,9 +19,9 @@ def hidden_states(model: LanguageModel, example: Example, ctx: Context) -> Float
     """The model's last hidden states of the example's rows.
 
     Raises:
-      UserError: the model is no `LanguageModel`: it does not read one row by itself.
+      UserError: the model has no `hidden`: it does not read one row by itself.
     """
-    if not isinstance(model, LanguageModel):
+    if not hasattr(model, "hidden"):  # an objective with heads of its own asks no more of a model
         raise UserError(
             f"the objective reads rows by one model and {type(model).__name__}, which model.name gives, is not of that "
             "kind; set model.name to a decoder or an encoder, or use an objective for an encoder with a decoder."
