@@ -105,7 +105,7 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
         (
             "model: {name: gru}",
             [],
-            ["objective is missing", "causal_lm, classification, extractive_qa, in_batch_contrastive, masked_diffusion"],
+            ["objective is missing", "causal_lm, classification, extractive_qa, in_batch_contrastive, masked"],
         ),
         (
             _MINIMAL + "trian: {steps: 1}",
