@@ -25,11 +25,20 @@ from lmobj.noise._permutation import (
     span_targets,
 )
 from lmobj.noise._replaced_tokens import ReplacedTokens, mask_tokens_electra, replace_tokens
+from lmobj.noise._sentinels import Denoised, join_spans, prefix_inputs_targets, sentinel_inputs_targets
+from lmobj.noise._span_corruption import (
+    noise_spans,
+    noise_tokens_iid,
+    raw_length_for,
+    span_corruption_lengths,
+    split_prefix,
+)
 from lmobj.noise._spans import MaskedSpans, mask_spans, span_budget
 from lmobj.noise._token_dropout import drop_tokens
 from lmobj.noise._whole_words import mask_whole_words
 
 __all__ = [
+    "Denoised",
     "DiffusedTokens",
     "MaskedSpans",
     "MaskedTokens",
@@ -43,6 +52,7 @@ __all__ = [
     "fold_index",
     "fold_places",
     "gumbel",
+    "join_spans",
     "mask_ngrams",
     "mask_spans",
     "mask_tokens",
@@ -50,10 +60,17 @@ __all__ = [
     "mask_tokens_electra",
     "mask_tokens_roberta",
     "mask_whole_words",
+    "noise_spans",
+    "noise_tokens_iid",
     "permutation_ranks",
     "permute_tokens",
     "prediction_count",
+    "prefix_inputs_targets",
+    "raw_length_for",
     "replace_tokens",
+    "sentinel_inputs_targets",
     "span_budget",
+    "span_corruption_lengths",
     "span_targets",
+    "split_prefix",
 ]
