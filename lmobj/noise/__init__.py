@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lmobj.noise._diffusion import DiffusedTokens, diffuse_tokens
 from lmobj.noise._dropout import dropout
+from lmobj.noise._fill_in_middle import FilledInMiddle, fill_in_middle, join_middle
 from lmobj.noise._hash import fold_index, fold_places, gumbel
 from lmobj.noise._masking import (
     MaskedTokens,
@@ -40,6 +41,7 @@ from lmobj.noise._whole_words import mask_whole_words
 __all__ = [
     "Denoised",
     "DiffusedTokens",
+    "FilledInMiddle",
     "MaskedSpans",
     "MaskedTokens",
     "PermutationRanks",
@@ -49,9 +51,11 @@ __all__ = [
     "diffuse_tokens",
     "drop_tokens",
     "dropout",
+    "fill_in_middle",
     "fold_index",
     "fold_places",
     "gumbel",
+    "join_middle",
     "join_spans",
     "mask_ngrams",
     "mask_spans",
