@@ -26,6 +26,7 @@ from lmobj.noise._permutation import (
     span_targets,
 )
 from lmobj.noise._replaced_tokens import ReplacedTokens, mask_tokens_electra, replace_tokens
+from lmobj.noise._row_noise import NoisedRow, infill_spans, insert_tokens, permute_sentences, rotate_row, whole_row
 from lmobj.noise._sentinels import Denoised, join_spans, prefix_inputs_targets, sentinel_inputs_targets
 from lmobj.noise._span_corruption import (
     noise_spans,
@@ -44,6 +45,7 @@ __all__ = [
     "FilledInMiddle",
     "MaskedSpans",
     "MaskedTokens",
+    "NoisedRow",
     "PermutationRanks",
     "PermutedTokens",
     "ReplacedTokens",
@@ -55,6 +57,8 @@ __all__ = [
     "fold_index",
     "fold_places",
     "gumbel",
+    "infill_spans",
+    "insert_tokens",
     "join_middle",
     "join_spans",
     "mask_ngrams",
@@ -67,14 +71,17 @@ __all__ = [
     "noise_spans",
     "noise_tokens_iid",
     "permutation_ranks",
+    "permute_sentences",
     "permute_tokens",
     "prediction_count",
     "prefix_inputs_targets",
     "raw_length_for",
     "replace_tokens",
+    "rotate_row",
     "sentinel_inputs_targets",
     "span_budget",
     "span_corruption_lengths",
     "span_targets",
     "split_prefix",
+    "whole_row",
 ]
