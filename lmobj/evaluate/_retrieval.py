@@ -40,9 +40,14 @@ def cosine_scores(queries: ArrayLike, documents: ArrayLike) -> NDArray[np.float6
     q, d = np.asarray(queries, np.float64), np.asarray(documents, np.float64)
     if q.ndim != 2 or d.ndim != 2 or q.shape[1] != d.shape[1]:
         raise UserError(f"vectors have the shapes {q.shape} and {d.shape}; accepted: [Q, H] and [D, H].")
-    lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (q, d)]
-    unit = [x / np.where(length == 0, 1, length) for x, length in zip((q, d), lengths, strict=True)]
-    return unit[0] @ unit[1].T
+    return unit_vectors(q) @ unit_vectors(d).T
+
+
+def unit_vectors(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[N, H] vectors of length 1; of zeros, zeros."""
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    unit: NDArray[np.float64] = x / np.where(length == 0, 1, length)
+    return unit
 
 
 def score_retrieval(scores: ArrayLike, relevance: ArrayLike, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lmobj.errors import UserError
 from lmobj.evaluate._class_scores import score_numbers
+from lmobj.evaluate._retrieval import unit_vectors
 
 __all__ = ["SimilarityScores", "score_similarity", "uniformity", "word_overlap"]
 
@@ -60,7 +61,7 @@ def score_similarity(first: ArrayLike, second: ArrayLike, scores: ArrayLike) -> 
         raise UserError(
             f"vectors have the shapes {x.shape} and {y.shape} and scores {given.shape}; accepted: [N, D] both and [N]."
         )
-    x, y = _unit(x), _unit(y)
+    x, y = unit_vectors(x), unit_vectors(y)
     found = score_numbers(given, np.sum(x * y, axis=1))
     low, high = given.min(), given.max()
     related = given > low + _RELATED * (high - low)
@@ -82,7 +83,7 @@ def uniformity(vectors: ArrayLike) -> float:
 
     Source: Wang and Isola 2020, eq. 2 with t = 2, over the pairs of different vectors as in their code.
     """
-    x = _unit(np.asarray(vectors, np.float64))
+    x = unit_vectors(np.asarray(vectors, np.float64))
     count, total = len(x), 0.0
     if count < 2:
         return 0.0
@@ -96,10 +97,3 @@ def word_overlap(first: Sequence[str], second: Sequence[str]) -> NDArray[np.floa
     """[N] shared words of pairs of texts over all their words, each once: what is known of them without a model."""
     words = [[set(re.findall(r"\w+", text.lower())) for text in texts] for texts in (first, second)]
     return np.array([len(a & b) / max(len(a | b), 1) for a, b in zip(*words, strict=True)])
-
-
-def _unit(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Vectors of length 1; of zeros, zeros."""
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    unit: NDArray[np.float64] = x / np.where(length == 0, 1, length)
-    return unit

@@ -15,10 +15,10 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.interop import _files
 from lmobj.interop._files import Checkpoint, must_be, one_of, setting
-from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read, renamed, write
+from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read, renamed, vocabulary_rows, write
 from lmobj.models import EncoderConfig, PairHead
 
-__all__ = ["PairedFamily", "body", "config_from_hf", "config_to_hf", "embeddings", "modern", "vocabulary_rows"]
+__all__ = ["PairedFamily", "body", "config_from_hf", "config_to_hf", "embeddings", "modern"]
 
 _Activation = Literal["gelu", "gelu_exact"]
 _ACTIVATIONS: dict[str, _Activation] = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
@@ -275,9 +275,3 @@ def modern(tensors: Tensors) -> dict[str, Any]:
         return name
 
     return renamed(tensors, rename)
-
-
-def vocabulary_rows(tensors: Tensors, name: str) -> int:
-    """Rows of the embedding called `name`; 1 where it is absent, which `read` refuses."""
-    embedding = tensors.get(name)
-    return embedding.shape[0] if embedding is not None and embedding.ndim else 1

@@ -28,7 +28,9 @@ __all__ = [
     "norm",
     "read",
     "read_parts",
+    "refuse_others",
     "renamed",
+    "vocabulary_rows",
     "write",
 ]
 
@@ -165,6 +167,22 @@ def check_copies(tensors: Tensors, copies: Mapping[str, str]) -> dict[str, np.nd
                 "accepted: equal ones, or the first left out."
             )
     return {name: tensor for name, tensor in tensors.items() if name not in copies}
+
+
+def refuse_others(config: Any, peer: str, accepted: Mapping[str, Sequence[Any]]) -> None:
+    """Refuses settings that Hugging Face's `peer` does not have: all but those accepted."""
+    for key, values in accepted.items():
+        if getattr(config, key) not in values:
+            raise UserError(
+                f"model.{key} is {getattr(config, key)!r}, which Hugging Face's {peer} does not have; accepted: "
+                f"{' or '.join(map(repr, values))}."
+            )
+
+
+def vocabulary_rows(tensors: Tensors, name: str) -> int:
+    """Rows of the embedding called `name`; 1 where it is absent, which `read` refuses."""
+    embedding = tensors.get(name)
+    return embedding.shape[0] if embedding is not None and embedding.ndim else 1
 
 
 def listed(names: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.interop import _files
 from lmobj.interop._files import Checkpoint, must_be, one_of, setting
-from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read, write
+from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read, refuse_others, vocabulary_rows, write
 from lmobj.models import EncoderDecoderConfig
 from lmobj.models._layers import Activation
 
@@ -125,9 +125,7 @@ def to_lmobj(
     """
     _check(config)
     tensors = check_copies(tensors, _COPIES)
-    if vocab_size is None:
-        embedding = tensors.get(_SHARED)
-        vocab_size = embedding.shape[0] if embedding is not None and embedding.ndim else 1  # absent: an error in `read`
+    vocab_size = vocab_size or vocabulary_rows(tensors, _SHARED)
     for name in _POSITIONS:
         if name in tensors:
             tensors[name] = tensors[name][_UNREAD:]
@@ -204,7 +202,7 @@ def _side(side: str) -> tuple[Name, ...]:
 
 def _check(config: EncoderDecoderConfig) -> None:
     """Refuses what BART does not have."""
-    for key, accepted in {
+    accepted = {
         "positions": ("learned",),
         "norm": ("layernorm",),
         "norm_eps": (1e-5,),
@@ -217,9 +215,5 @@ def _check(config: EncoderDecoderConfig) -> None:
         "output_bias": (True,),
         "scale_attention": (True,),
         "scale_output": (False,),
-    }.items():
-        if getattr(config, key) not in accepted:
-            raise UserError(
-                f"model.{key} is {getattr(config, key)!r}, which Hugging Face's BART does not have; accepted: "
-                f"{' or '.join(map(repr, accepted))}."
-            )
+    }
+    refuse_others(config, "BART", accepted)

@@ -16,9 +16,9 @@ import numpy as np
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.interop import _encoder, _files
-from lmobj.interop._encoder import body, embeddings, modern, vocabulary_rows
+from lmobj.interop._encoder import body, embeddings, modern
 from lmobj.interop._files import Checkpoint, must_be, setting
-from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read_parts, write
+from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read_parts, vocabulary_rows, write
 from lmobj.models import ElectraConfig, EncoderConfig
 
 __all__ = ["config_from_hf", "config_to_hf", "from_lmobj", "load", "save", "to_lmobj"]

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from lmobj.batch import Vocabulary
-from lmobj.errors import UserError
 from lmobj.interop import _files
 from lmobj.interop._files import Checkpoint, must_be, one_of, setting
-from lmobj.interop._names import Name, Tensors, check_copies, read, renamed, write
+from lmobj.interop._names import Name, Tensors, check_copies, read, refuse_others, renamed, vocabulary_rows, write
 from lmobj.models import DecoderConfig
 from lmobj.models._layers import Activation
 
@@ -127,9 +126,7 @@ def to_lmobj(
     tensors = {name: tensor for name, tensor in tensors.items() if not _MASKS.fullmatch(name)}
     if config.tie_embeddings:
         tensors = check_copies(tensors, {"lm_head.weight": "transformer.wte.weight"})
-    if vocab_size is None:
-        embedding = tensors.get("transformer.wte.weight")
-        vocab_size = embedding.shape[0] if embedding is not None and embedding.ndim else 1  # absent: an error in `read`
+    vocab_size = vocab_size or vocabulary_rows(tensors, "transformer.wte.weight")
     return read(_table(config), tensors, config, vocab_size, [_with_prefix(name) for name in ignore])
 
 
@@ -181,7 +178,7 @@ def _with_prefix(name: str) -> str:
 
 def _check(config: DecoderConfig) -> None:
     """Refuses what GPT-2 does not have."""
-    for key, accepted in {
+    accepted = {
         "positions": ("learned",),
         "norm": ("layernorm",),
         "activation": ("gelu", "gelu_exact"),
@@ -192,9 +189,5 @@ def _check(config: DecoderConfig) -> None:
         "window": (None,),
         "soft_cap": (None,),
         "attention_soft_cap": (None,),
-    }.items():
-        if getattr(config, key) not in accepted:
-            raise UserError(
-                f"model.{key} is {getattr(config, key)!r}, which Hugging Face's GPT-2 does not have; accepted: "
-                f"{' or '.join(map(repr, accepted))}."
-            )
+    }
+    refuse_others(config, "GPT-2", accepted)

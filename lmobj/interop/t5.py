@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from lmobj.batch import Vocabulary
-from lmobj.errors import UserError
 from lmobj.interop import _files
 from lmobj.interop._files import Checkpoint, one_of, setting
-from lmobj.interop._names import Name, Tensors, check_copies, linear, read, write
+from lmobj.interop._names import Name, Tensors, check_copies, linear, read, refuse_others, vocabulary_rows, write
 from lmobj.models import EncoderDecoderConfig
 from lmobj.models._layers import Activation
 
@@ -107,9 +106,7 @@ def to_lmobj(
     _check(config)
     copies = _COPIES | ({"lm_head.weight": "shared.weight"} if config.tie_embeddings else {})
     tensors = check_copies(tensors, copies)
-    if vocab_size is None:
-        embedding = tensors.get("shared.weight")
-        vocab_size = embedding.shape[0] if embedding is not None and embedding.ndim else 1  # absent: an error in `read`
+    vocab_size = vocab_size or vocabulary_rows(tensors, "shared.weight")
     return read(_table(config), tensors, config, vocab_size, ignore)
 
 
@@ -182,7 +179,7 @@ def _side(config: EncoderDecoderConfig, side: str) -> tuple[Name, ...]:
 
 def _check(config: EncoderDecoderConfig) -> None:
     """Refuses what T5 does not have."""
-    for key, accepted in {
+    accepted = {
         "positions": ("relative",),
         "norm": ("rmsnorm",),
         "pre_norm": (True,),
@@ -193,9 +190,5 @@ def _check(config: EncoderDecoderConfig) -> None:
         "scale_attention": (False,),
         "scale_embeddings": (False,),
         "scale_output": (True, False) if config.tie_embeddings else (False,),
-    }.items():
-        if getattr(config, key) not in accepted:
-            raise UserError(
-                f"model.{key} is {getattr(config, key)!r}, which Hugging Face's T5 does not have; accepted: "
-                f"{' or '.join(map(repr, accepted))}."
-            )
+    }
+    refuse_others(config, "T5", accepted)

@@ -22,7 +22,7 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.interop import _files
 from lmobj.interop._files import Checkpoint, must_be, one_of, setting
-from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read, write
+from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read, vocabulary_rows, write
 from lmobj.models import XLNetConfig
 
 __all__ = ["config_from_hf", "config_to_hf", "from_lmobj", "load", "save", "to_lmobj"]
@@ -146,9 +146,7 @@ def to_lmobj(
     _check(config)
     tensors = check_copies(tensors, {"lm_loss.weight": "transformer.word_embedding.weight"})
     tensors = {name: _joined(name, tensor, config) for name, tensor in tensors.items()}
-    if vocab_size is None:
-        embedding = tensors.get("transformer.word_embedding.weight")
-        vocab_size = embedding.shape[0] if embedding is not None and embedding.ndim else 1  # absent: an error in `read`
+    vocab_size = vocab_size or vocabulary_rows(tensors, "transformer.word_embedding.weight")
     return read(TABLE, tensors, config, vocab_size, ignore)
 
 

@@ -8,6 +8,7 @@ from lmobj.models._encoder import Encoder, EncoderConfig
 from lmobj.models._encoder_decoder import EncoderDecoder, EncoderDecoderCache, EncoderDecoderConfig
 from lmobj.models._gru import GRUConfig, GRULanguageModel
 from lmobj.models._heads import HeadStyle, JoinedHead, PairHead, SpanBoundaryHead, TokenHead, VectorHead
+from lmobj.models._layers import GATED
 from lmobj.models._moe import MoEConfig
 from lmobj.models._protocol import (
     Cache,
@@ -30,6 +31,7 @@ ModelConfig = DecoderConfig | ElectraConfig | EncoderConfig | EncoderDecoderConf
 """Every family's settings, told apart by `name`."""
 
 __all__ = [
+    "GATED",
     "Cache",
     "CachedModel",
     "CountsProducts",

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from numpy.typing import ArrayLike
 
 from lmobj.errors import UserError
+from lmobj.noise._counts import check_rates
 
 __all__ = ["FilledInMiddle", "fill_in_middle", "join_middle"]
 
@@ -162,9 +163,7 @@ def _draw(
 
 
 def _check(length: int, room: int, markers: tuple[int, int, int], fim_rate: Any, spm_rate: Any) -> None:
-    for name, rate in (("fim_rate", fim_rate), ("spm_rate", spm_rate)):
-        if isinstance(rate, float | int) and not 0.0 <= rate <= 1.0:
-            raise UserError(f"{name} is {rate}; it is a probability, from 0 to 1.")
+    check_rates(fim_rate=fim_rate, spm_rate=spm_rate)
     if room < length:
         raise UserError(f"room is {room}, and rows have {length} tokens; accepted: at least {length}.")
     if len(set(markers)) < 3:

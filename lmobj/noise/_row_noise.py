@@ -27,12 +27,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj.errors import UserError
+from lmobj.noise._counts import ceil_share, check_rates
 from lmobj.noise._masking import selection_scores
 
 __all__ = ["NoisedRow", "infill_spans", "insert_tokens", "permute_sentences", "rotate_row", "whole_row"]
-
-_TIE = 2.0**-21
-"""Relative distance from a whole number within which a product counts as it: above the rounding of float32."""
 
 _LONGEST_MEAN = 16.0
 """Of the Poisson lengths: the chance of 0 is then still above the 1e-7 at which they end."""
@@ -78,7 +76,7 @@ def permute_sentences(
     Raises:
       UserError: a rate that is a Python number and not from 0 to 1.
     """
-    _check_rates(rate=rate)
+    check_rates(rate=rate)
     at = jnp.arange(row.tokens.shape[0], dtype=jnp.int32)
     content = _content(row)
     stops = content & (_of_source(sentence_ends, row) | (at == row.length - 2))
@@ -86,7 +84,7 @@ def permute_sentences(
     number = jnp.cumsum(ends, dtype=jnp.int32) - ends  # of the sentence that each token is in
     count = jnp.sum(ends, dtype=jnp.int32)
     order = jnp.argsort(selection_scores(key, at < count)).astype(jnp.int32)
-    chosen = jnp.zeros_like(ends).at[order].set(at < _ceil_share(count, rate), unique_indices=True)
+    chosen = jnp.zeros_like(ends).at[order].set(at < ceil_share(count, rate), unique_indices=True)
     # The chosen places, in ascending order, get the chosen sentences in the order drawn.
     sentence = jnp.where(chosen, order[jnp.cumsum(chosen, dtype=jnp.int32) - 1], at)
     place = jnp.zeros_like(at).at[sentence].set(at, unique_indices=True)
@@ -141,7 +139,7 @@ def infill_spans(
     R = row.tokens.shape[0]
     at = jnp.arange(R, dtype=jnp.int32)
     starts = _content(row) & _of_source(word_starts, row)
-    budget = _ceil_share(jnp.sum(starts, dtype=jnp.int32), mask_rate)
+    budget = ceil_share(jnp.sum(starts, dtype=jnp.int32), mask_rate)
     if mean_span is None:
         sizes, count, inserts = jnp.ones((R,), jnp.int32), budget, budget - budget
     else:
@@ -191,7 +189,7 @@ def insert_tokens(
     Of n insertions, ceil(random_share * n) are random tokens, uniform over 1 .. vocab_size - 1. Only rows with BOS and
     EOS are changed.
     """
-    _check_rates(random_share=random_share)
+    check_rates(random_share=random_share)
     place_key, token_key = jax.random.split(key)
     R = row.tokens.shape[0]
     at = jnp.arange(R, dtype=jnp.int32)
@@ -201,7 +199,7 @@ def insert_tokens(
     rank = jnp.full((R,), R, jnp.int32).at[order].set(at, unique_indices=True)  # in the order drawn
     inserted = rank < count
     old = jnp.maximum(at - jnp.cumsum(inserted, dtype=jnp.int32), 0)
-    filler = _fillers(token_key, rank < _ceil_share(count, random_share), mask_id, vocab_size)
+    filler = _fillers(token_key, rank < ceil_share(count, random_share), mask_id, vocab_size)
     tokens = jnp.where(inserted, filler.astype(row.tokens.dtype), row.tokens[old])
     real = at < length
     return NoisedRow(jnp.where(real, tokens, 0), length, jnp.where(real & ~inserted, row.source[old], -1))
@@ -216,7 +214,7 @@ def rotate_row(key: Key[Array, ""], row: NoisedRow, *, rate: Float[Array, ""] | 
     Raises:
       UserError: a rate that is a Python number and not from 0 to 1.
     """
-    _check_rates(rate=rate)
+    check_rates(rate=rate)
     turn_key, offset_key = jax.random.split(key)
     at = jnp.arange(row.tokens.shape[0], dtype=jnp.int32)
     inner = jnp.maximum(row.length - 2, 1)
@@ -243,13 +241,6 @@ def _reorder(row: NoisedRow, old: Int[Array, " R"]) -> NoisedRow:
 def _fillers(key: Key[Array, ""], is_random: Bool[Array, " R"], mask_id: int, vocab_size: int) -> Int[Array, " R"]:
     """Random tokens where asked for, masks elsewhere."""
     return jnp.where(is_random, jax.random.randint(key, is_random.shape, 1, vocab_size, jnp.int32), mask_id)
-
-
-def _ceil_share(count: Int[Array, ""], rate: Float[Array, ""] | float) -> Int[Array, ""]:
-    """ceil(count * rate), where what float32 put just above a whole number counts as it."""
-    product = count.astype(jnp.float32) * jnp.asarray(rate, jnp.float32)
-    whole = jnp.round(product)
-    return jnp.where(jnp.abs(product - whole) <= _TIE * whole, whole, jnp.ceil(product)).astype(jnp.int32)
 
 
 def _poisson_sizes(
@@ -280,14 +271,8 @@ def _poisson_chances(mean: float) -> np.ndarray:
     return np.asarray(chances)
 
 
-def _check_rates(**rates: Any) -> None:
-    for name, rate in rates.items():
-        if isinstance(rate, float | int) and not 0.0 <= rate <= 1.0:
-            raise UserError(f"{name} is {rate}; it must be from 0 to 1.")
-
-
 def _check_infilling(mask_rate: Any, mean_span: float | None, random_share: Any, vocab_size: int, replace: str) -> None:
-    _check_rates(mask_rate=mask_rate, random_share=random_share)
+    check_rates(mask_rate=mask_rate, random_share=random_share)
     if mean_span is not None and not 0.0 < mean_span <= _LONGEST_MEAN:
         raise UserError(
             f"mean_span is {mean_span}; it is the mean of Poisson lengths, above 0 and at most {_LONGEST_MEAN:g}, or "

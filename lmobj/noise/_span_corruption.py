@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj.errors import UserError
+from lmobj.noise._counts import half_even
 from lmobj.noise._masking import selection_scores
 
 __all__ = [
@@ -34,10 +35,6 @@ __all__ = [
     "span_corruption_lengths",
     "split_prefix",
 ]
-
-_TIE = 2.0**-21
-"""Relative distance from a half within which a product or quotient counts as the half itself: above the rounding of
-float32, with which a traced 0.15 times 190 is 28.500002."""
 
 
 def span_corruption_lengths(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
@@ -150,12 +147,13 @@ def split_prefix(
     Raises:
       UserError: a density that is a Python number and not between 0 and 1.
 
-    Source: `random_prefix_noise_mask` of the authors' code; Raffel et al. 2020, section 3.2.1.
+    Source: Raffel et al. 2020, section 3.2.1; `random_prefix_noise_mask` of the authors' code for d = 0.5, the only one
+    that it has. For other d the range is chosen so that its mean is as said.
     """
     _check_spans(noise_density, 1.0)
     most = jnp.asarray(length, jnp.int32) - 1
     share = jnp.float32(1) - jnp.float32(2) * jnp.asarray(noise_density, jnp.float32)
-    least = jnp.clip(_half_even(share * most.astype(jnp.float32), jnp), 1, jnp.maximum(most, 1)).astype(jnp.int32)
+    least = jnp.clip(half_even(share * most.astype(jnp.float32), jnp), 1, jnp.maximum(most, 1)).astype(jnp.int32)
     drawn = jax.random.randint(key, (), least, jnp.maximum(most, least) + 1, jnp.int32)
     return jnp.where(most >= 1, drawn, 0)
 
@@ -164,15 +162,9 @@ def span_counts(length: Any, noise_density: Any, mean_span: Any, xp: types.Modul
     """(n, s) of at least 2 tokens, by `numpy` in float64 or by `jax.numpy` in float32, with the same outcome."""
     real = np.float64 if xp is np else jnp.float32
     size = xp.asarray(length, real)
-    noisy = xp.clip(_half_even(size * xp.asarray(noise_density, real), xp), 1, size - 1)
-    spans = xp.clip(_half_even(noisy / xp.asarray(mean_span, real), xp), 1, xp.minimum(noisy, size - noisy))
+    noisy = xp.clip(half_even(size * xp.asarray(noise_density, real), xp), 1, size - 1)
+    spans = xp.clip(half_even(noisy / xp.asarray(mean_span, real), xp), 1, xp.minimum(noisy, size - noisy))
     return noisy.astype(np.int32), spans.astype(np.int32)
-
-
-def _half_even(x: Any, xp: types.ModuleType) -> Any:
-    """x rounded to the nearest whole number, halves to the even one; what rounding moved off a half counts as it."""
-    halves = xp.round(2 * x)
-    return xp.round(xp.where(xp.abs(2 * x - halves) <= _TIE * halves, halves / 2, x))
 
 
 def _divide(

@@ -8,7 +8,7 @@ from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step
 from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
-from lmobj.objectives._mixture import Member, Mixture
+from lmobj.objectives._mixture import Member, Mixture, member_models
 from lmobj.objectives._multi_label import MultiLabel
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._objective import (
@@ -79,6 +79,7 @@ __all__ = [
     "Triplet",
     "denominators",
     "loss_fn",
+    "member_models",
     "row_ids_of",
     "step_keys",
     "token_metrics",

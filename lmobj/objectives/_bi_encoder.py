@@ -36,7 +36,6 @@ __all__ = [
     "Texts",
     "other_texts",
     "related_rows",
-    "row_places",
     "similarities",
     "text_states",
     "texts_there",
@@ -150,7 +149,7 @@ class Contrastive(BiEncoder, abc.ABC):
         """The rows as they are, and their places in the global batch."""
         there = texts_there(batch["segment_ids"], 2 + self.negatives)
         example = self.example(batch, there, 1, 2)
-        extra = {**example.extra, "places": row_places(batch, ctx)}
+        extra = {**example.extra, "places": ctx.places(len(there))}
         return Example(**{**vars(example), "extra": extra})
 
     def statistics(self, models: Models, example: Example, carried: Any, ctx: Context) -> Texts:
@@ -198,12 +197,6 @@ class Contrastive(BiEncoder, abc.ABC):
     def _texts(self, models: Models, example: Example, ctx: Context) -> Texts:
         there = example.extra["there"].astype(jnp.int32)
         return Texts(self.embed(models, example, ctx), example.extra["text_ids"], there)
-
-
-def row_places(batch: Batch, ctx: Context) -> Int[Array, " B"]:
-    """The places of rows in the global batch."""
-    count = len(batch["tokens"])
-    return ctx.part * count + jnp.arange(count, dtype=jnp.int32)
 
 
 def similarities(texts: Texts) -> Float[Array, "B B T"]:

@@ -23,7 +23,7 @@ from lmobj import losses, masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.objectives._objective import Context, Example, Metric, Models, Objective, Terms
-from lmobj.objectives._tokens import head_stats, hidden_states
+from lmobj.objectives._tokens import head_stats, hidden_states, is_one_of
 
 __all__ = ["MaskedDiffusion"]
 
@@ -101,7 +101,7 @@ class MaskedDiffusion(Objective):
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """Masks each row by its own key, with `mdlm` also by its place in the global batch."""
-        assert ctx.vocab.mask is not None
+        (mask_id,) = ctx.vocab.require(f"objective {self.name}", "mask")
         tokens, segments = batch["tokens"], batch["segment_ids"]
         if self.truncate_rate:
             segments = jax.vmap(functools.partial(_truncated, rate=self.truncate_rate))(keys, segments)
@@ -109,20 +109,19 @@ class MaskedDiffusion(Objective):
         if self.loss_on == "completion":
             counted &= batch["token_types"] == 1
         count = len(tokens)
-        places = ctx.part * count + jnp.arange(count, dtype=jnp.int32)
         spread = self.variant == "mdlm"
 
         def noised(key: Array, place: Array, *row: Array) -> noise.DiffusedTokens:
             return noise.diffuse_tokens(
                 key,
                 *row,
-                mask_id=ctx.vocab.mask or 0,
+                mask_id=mask_id,
                 epsilon=self.epsilon_time,
                 chance=1 - self.epsilon_time if spread else 1.0,
                 stratum=(place, count * ctx.parts) if spread else None,
             )
 
-        found = jax.vmap(noised)(keys, places, tokens, counted, segments)
+        found = jax.vmap(noised)(keys, ctx.places(count), tokens, counted, segments)
         share = counted.astype(jnp.float32)
         if self.loss_on == "completion":
             share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1)
@@ -171,8 +170,7 @@ def _end(vocab: Vocabulary) -> int | None:
 
 def _may_be_masked(tokens: Int[Array, "B L"], vocab: Vocabulary) -> Bool[Array, "B L"]:
     """Tokens of texts and what ends them."""
-    kept = [i for i in vocab.control_ids if i != _end(vocab)]
-    return functools.reduce(jnp.logical_and, (tokens != i for i in kept), jnp.ones_like(tokens, bool))
+    return ~is_one_of(tokens, [i for i in vocab.control_ids if i != _end(vocab)])
 
 
 def _truncated(key: Key[Array, ""], segments: Int[Array, " L"], *, rate: float) -> Int[Array, " L"]:

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from lmobj import masks, noise
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import LanguageModel, RowUse
 from lmobj.objectives._objective import Context, Example, Models, Objective, Terms
-from lmobj.objectives._tokens import hidden_states, token_terms
+from lmobj.objectives._tokens import hidden_states, is_one_of, token_terms
 
 __all__ = ["MaskedLM", "check_room", "check_shares", "maskable", "masked_rows", "masked_terms"]
 
@@ -193,13 +193,9 @@ def check_room(mask_rate: float, predictions: int, length: int, specials: int) -
 
 def maskable(batch: Batch, vocab: Vocabulary) -> Bool[Array, "B L"]:
     """The tokens that may be masked: all that stand for text, unknown words included."""
-    return (batch["segment_ids"] > 0) & ~_isin(batch["tokens"], vocab.control_ids)
+    return (batch["segment_ids"] > 0) & ~is_one_of(batch["tokens"], vocab.control_ids)
 
 
 def masked_terms(model: LanguageModel, hidden: Float[Array, "B L D"], example: Example) -> Terms:
     """`nll` of the tokens at `example.predict`, and its metrics, from the hidden states of the corrupted rows."""
     return token_terms(model, example.at_predictions(hidden), example)
-
-
-def _isin(tokens: Int[Array, "B L"], ids: tuple[int, ...]) -> Bool[Array, "B L"]:
-    return functools.reduce(jnp.logical_or, (tokens == i for i in ids), jnp.zeros_like(tokens, bool))

@@ -39,7 +39,7 @@ from lmobj.objectives._objective import (
 )
 from lmobj.objectives._single import SingleObjective
 
-__all__ = ["Member", "Mixture"]
+__all__ = ["Member", "Mixture", "member_models"]
 
 _UNCERTAINTY = "uncertainty"
 
@@ -203,7 +203,7 @@ class Mixture(Objective):
         states = {}
         for i, (name, objective) in enumerate(self.objectives.items()):
             with _keys_of(name):
-                states[name] = objective.init(_models_of(models, name), jax.random.fold_in(key, i), batch_size)
+                states[name] = objective.init(member_models(models, name), jax.random.fold_in(key, i), batch_size)
         params = {name: state.params for name, state in states.items()}
         carried = {name: state.carried for name, state in states.items()}
         if self.combine == "sample" and jax.tree.leaves(carried):
@@ -219,7 +219,7 @@ class Mixture(Objective):
     def prepare(self, models: Models, batch: Batch, ctx: Context) -> Any:
         """Each member prepares its own batch."""
         return {
-            name: objective.prepare(_models_of(models, name), batch[name], _context_of(ctx, name))  # type: ignore[arg-type]
+            name: objective.prepare(member_models(models, name), batch[name], _context_of(ctx, name))  # type: ignore[arg-type]
             for name, objective in self.objectives.items()
         }
 
@@ -238,14 +238,16 @@ class Mixture(Objective):
     def statistics(self, models: Models, example: Mapping[str, Example], carried: Any, ctx: Context) -> Any:  # type: ignore[override]
         """Each member's."""
         return {
-            name: objective.statistics(_models_of(models, name), example[name], carried[name], _context_of(ctx, name))
+            name: objective.statistics(
+                member_models(models, name), example[name], carried[name], _context_of(ctx, name)
+            )
             for name, objective in self.objectives.items()
         }
 
     def terms(self, models: Models, example: Mapping[str, Example], carried: Any, ctx: Context) -> Terms:  # type: ignore[override]
         """Each member's terms; with uncertainty weighting times exp(-s), in metrics too, and the sum of s / 2."""
         each = {
-            name: objective.terms(_models_of(models, name), example[name], carried[name], _context_of(ctx, name))
+            name: objective.terms(member_models(models, name), example[name], carried[name], _context_of(ctx, name))
             for name, objective in self.objectives.items()
         }
         sums = {name: one.sums for name, one in each.items()}
@@ -290,7 +292,7 @@ def _prefixed(each: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{member}/{name}": value for member, own in each.items() for name, value in own.items()}
 
 
-def _models_of(models: Models, name: str) -> Models:
+def member_models(models: Models, name: str) -> Models:
     """The model, and the member's own heads."""
     heads = models.get("heads")
     own = heads.members if isinstance(heads, _Heads) else {}

@@ -98,6 +98,10 @@ class Context:
         """Dropout seeds, one per row; None in evaluation."""
         return dropout_seeds(self.keys) if self.train else None
 
+    def places(self, rows: int) -> Int[Array, " B"]:
+        """Of the `rows` rows that `corrupt` sees: where they stand in the global batch."""
+        return self.part * rows + jnp.arange(rows, dtype=jnp.int32)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

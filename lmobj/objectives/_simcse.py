@@ -29,7 +29,7 @@ from lmobj import losses
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import HeadStyle, VectorHead
-from lmobj.objectives._bi_encoder import Contrastive, Pooling, Texts, other_texts, row_places, similarities
+from lmobj.objectives._bi_encoder import Contrastive, Pooling, Texts, other_texts, similarities
 from lmobj.objectives._objective import Context, Example, Judge, Models, Role, Task
 
 __all__ = ["SimCSE"]
@@ -188,5 +188,5 @@ def _twice(batch: Batch, ctx: Context) -> Batch:
         "tokens": doubled("tokens", ctx.vocab.pad),
         "segment_ids": jnp.where(inside, jnp.where(first, 1, 2), 0),
         "positions": doubled("positions", 0),
-        "text_ids": 2 * row_places(batch, ctx)[:, None] + jnp.arange(2, dtype=jnp.int32),
+        "text_ids": 2 * ctx.places(len(segments))[:, None] + jnp.arange(2, dtype=jnp.int32),
     }

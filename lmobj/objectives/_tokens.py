@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from lmobj.errors import UserError
 from lmobj.models import LanguageModel, OutputHead
 from lmobj.objectives._objective import Context, Example, Terms, token_metrics
 
-__all__ = ["head_stats", "hidden_states", "token_terms"]
+__all__ = ["head_stats", "hidden_states", "is_one_of", "token_terms"]
 
 
 def hidden_states(model: LanguageModel, example: Example, ctx: Context) -> Float[Array, "B L D"]:
@@ -60,3 +62,8 @@ def token_terms(model: LanguageModel, hidden: Float[Array, "B N D"], example: Ex
     nll = losses.nll(stats)
     metrics = token_metrics(nll, example.weights, stats.correct)
     return Terms({"nll": jnp.sum(nll * example.weights)}, metrics, carried)
+
+
+def is_one_of(tokens: Int[Array, "B L"], ids: Iterable[int]) -> Bool[Array, "B L"]:
+    """Which tokens have one of the ids."""
+    return functools.reduce(jnp.logical_or, (tokens == i for i in ids), jnp.zeros_like(tokens, bool))

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from lmobj.errors import UserError
+from lmobj.models import GATED
 from lmobj.objectives import TermKind
 from lmobj.train.assemble import Design, Experiment
 from lmobj.train.collectives import Collective
@@ -288,9 +289,7 @@ def _activations(run: Design, remat: str | None, tokens: int) -> tuple[int, int]
     if not (width and layers and heads):
         return 0, 0
     size = jax.numpy.dtype(getattr(model, "dtype", "float32")).itemsize
-    mlp = (getattr(model, "mlp_width", None) or 4 * width) * (
-        2 if getattr(model, "activation", "") in ("swiglu", "geglu") else 1
-    )
+    mlp = (getattr(model, "mlp_width", None) or 4 * width) * (2 if getattr(model, "activation", "") in GATED else 1)
     keys = width * (getattr(model, "kv_heads", None) or heads) // heads
     by_heads, by_mlp = ways(run.mesh, run.rules, "heads"), ways(run.mesh, run.rules, "mlp")
     products = (width + 2 * keys) // by_heads + mlp // by_mlp + 2 * width

@@ -23,7 +23,7 @@ from lmobj.batch import RowSpec
 from lmobj.data import JsonLines, SeparatedValues, open_corpus, progress_bar, text_rows
 from lmobj.errors import UserError
 from lmobj.evaluate import score_numbers, score_similarity, word_overlap
-from lmobj.objectives import BiEncoder, Context, InBatchContrastive, Mixture, Objective, Pooling
+from lmobj.objectives import BiEncoder, Context, InBatchContrastive, Mixture, Objective, Pooling, member_models
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.trained import TrainedRun
 
@@ -164,12 +164,9 @@ def _models(trained: TrainedRun, name: str | None) -> dict[str, Any]:
     """The model, and the heads of the objective that makes vectors."""
     run, params = trained.assembly, trained.assembly.gathered(trained.state)
     models = {role: nnx.merge(graph, params[role]) for role, graph in run.program.graphs.items()}
-    found = {"model": models["model"]}
-    if name is not None and "heads" in models:
-        heads: Any = models["heads"]
-        members = getattr(heads, "members", {}) if name else {name: heads}
-        found |= {"heads": members[name]} if name in members else {}
-    return found
+    if name is None:
+        return {"model": models["model"]}
+    return dict(member_models(models, name)) if name else models
 
 
 def _row_spec(trained: TrainedRun, reader: BiEncoder, trained_it: bool) -> RowSpec:

@@ -16,6 +16,7 @@ from scipy import stats
 from lmobj import noise
 from lmobj.errors import UserError
 from lmobj.noise import _row_noise
+from lmobj.noise._counts import ceil_share
 from lmobj.noise._masking import selection_scores
 
 BOS, EOS, MASK, STOP = 1, 2, 3, 4
@@ -341,8 +342,8 @@ def test_padding_room_batch_and_x64_change_nothing() -> None:
 )
 def test_budgets_are_exact(count: int, rate: float, share: int) -> None:
     # float32(.3) * 10 and float32(.1) * 30 are at or just above 3; 2.1 -> 3
-    assert int(_row_noise._ceil_share(jnp.int32(count), rate)) == share
-    assert int(_row_noise._ceil_share(jnp.int32(count), jnp.float32(rate))) == share
+    assert int(ceil_share(jnp.int32(count), rate)) == share
+    assert int(ceil_share(jnp.int32(count), jnp.float32(rate))) == share
 
 
 @pytest.mark.parametrize(

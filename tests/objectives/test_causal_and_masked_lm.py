@@ -18,27 +18,14 @@ from lmobj import losses, masks, noise
 from lmobj.batch import Vocabulary
 from lmobj.data import DataConfig, JsonLines, SentencePieceConfig, prepare
 from lmobj.errors import UserError
-from lmobj.models import OutputHead
 from lmobj.objectives import CausalLM, Context, MaskedLM, _causal_lm, _masked_lm, denominators, step_keys, total_loss
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import DECODER, ENCODER, Sums, Twins, learn
+from tests.objectives.uniform import Uniform
 
 VOCAB = Vocabulary(size=16, pad=0, eos=3, cls=4, sep=5, mask=6)
 ROW_IDS = jnp.asarray([[0, 0], [0, 1]])
 KEY = jax.random.key(0, impl="threefry2x32")
-
-
-class Uniform:
-    """A model for which every token is equally likely."""
-
-    def hidden(self, tokens: Any, **_: Any) -> Any:
-        return jnp.zeros((*tokens.shape, 4))
-
-    def head_hidden(self, hidden: Any) -> Any:
-        return hidden
-
-    def head_table(self) -> OutputHead:
-        return OutputHead(jnp.ones((VOCAB.size, 4)))
 
 
 def context() -> tuple[Any, Context]:
@@ -68,7 +55,7 @@ def test_causal_predicts_the_next_token_of_the_same_document() -> None:
     sees = np.asarray(example.mask.dense(6, 6))[0, 0]
     np.testing.assert_array_equal(sees[:3, :3], np.tri(3))
     np.testing.assert_array_equal(sees[3:5], [[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0]])
-    terms = CausalLM().terms({"model": Uniform()}, example, (), ctx)
+    terms = CausalLM().terms({"model": Uniform(VOCAB.size)}, example, (), ctx)
     # 6 predictions of log 16 nats, or 4 bits; the predicted words 8, 11 and 12 have 5 bytes, the ends none.
     np.testing.assert_allclose(terms.sums["nll"], 6 * math.log(16), rtol=1e-6)
     np.testing.assert_allclose(terms.metrics["bits_per_byte"], (6 * 4, 15), rtol=1e-6)
@@ -83,7 +70,7 @@ def test_joined_documents_are_one_text() -> None:
     sees = np.asarray(example.mask.dense(6, 6))
     np.testing.assert_array_equal(sees[0, 0, :5, :5], np.tri(5))
     assert not sees[0, 0, :5, 5].any()
-    terms = CausalLM(documents="joined").terms({"model": Uniform()}, example, (), ctx)
+    terms = CausalLM(documents="joined").terms({"model": Uniform(VOCAB.size)}, example, (), ctx)
     np.testing.assert_allclose(terms.metrics["bits_per_byte"], (7 * 4, 20))  # one more, of 5 bytes
 
 
@@ -144,7 +131,7 @@ def test_smoothing_and_z_loss_enter_the_loss_and_not_the_metrics() -> None:
     noise, ctx = context()
     objective = CausalLM(label_smoothing=0.1, z_loss=0.01)
     example = objective.corrupt(noise, causal_batch(), ctx)
-    terms = objective.terms({"model": Uniform()}, example, (), ctx)
+    terms = objective.terms({"model": Uniform(VOCAB.size)}, example, (), ctx)
     # All logits are 0: every class costs log 16, smoothed or not, and logsumexp is log 16.
     np.testing.assert_allclose(terms.sums["nll"], 6 * (math.log(16) + 0.01 * math.log(16) ** 2), rtol=1e-6)
     np.testing.assert_allclose(terms.metrics["nll"][0], 6 * math.log(16), rtol=1e-6)
@@ -171,7 +158,7 @@ def test_masked_loss_divides_by_the_count_plus_berts_epsilon() -> None:
     noise, ctx = context()
     objective = MaskedLM(mask_rate=0.3)
     example = objective.corrupt(noise, masked_batch(), ctx)
-    terms = objective.terms({"model": Uniform()}, example, (), ctx)
+    terms = objective.terms({"model": Uniform(VOCAB.size)}, example, (), ctx)
     np.testing.assert_allclose(terms.sums["nll"], 4 * math.log(16), rtol=1e-6)
     loss = total_loss(terms, denominators(objective, example), {"nll": 1.0})
     np.testing.assert_allclose(loss, 4 * math.log(16) / (4 + 1e-5), rtol=1e-6)
@@ -302,7 +289,7 @@ MUTANTS = [
     (Mutant("no z-loss", losses, "z_loss", lambda _: lambda stats: 0 * stats.logsumexp), CAUSAL_BY_HAND),
     (LEFT_SIDE, MASKED_BY_HAND),
     (Mutant("no document of its own", masks.AttentionMask, "packed", lambda _: lambda m, _: m), MASKED_BY_HAND),
-    (Mutant("special tokens are masked", _masked_lm, "_isin", lambda _: lambda x, _: x < 0), MASKED_BY_HAND),
+    (Mutant("special tokens are masked", _masked_lm, "is_one_of", lambda _: lambda x, _: x < 0), MASKED_BY_HAND),
     (Mutant("masked target shifted", noise, "mask_tokens", _slots_changed(_targets_shifted)), MASKED_BY_HAND),
     (Mutant("empty slots count", noise, "mask_tokens", _slots_changed(_all_count)), MASKED_BY_HAND),
     (Mutant("no epsilon", MaskedLM, "epsilon", lambda _: {}), MASKED_BY_HAND),

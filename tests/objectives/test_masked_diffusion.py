@@ -15,26 +15,13 @@ import pytest
 from lmobj import noise
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import OutputHead
 from lmobj.objectives import Context, Example, MaskedDiffusion, _masked_diffusion, denominators, step_keys, total_loss
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import DECODER, ENCODER, Twins, learn
+from tests.objectives.uniform import Uniform
 
 VOCAB = Vocabulary(size=16, pad=0, eos=3, cls=4, sep=5, mask=6)
 KEY = jax.random.key(0, impl="threefry2x32")
-
-
-class Uniform:
-    """Every token is equally likely."""
-
-    def hidden(self, tokens: Any, **_: Any) -> Any:
-        return jnp.zeros((*tokens.shape, 4))
-
-    def head_hidden(self, hidden: Any) -> Any:
-        return hidden
-
-    def head_table(self) -> OutputHead:
-        return OutputHead(jnp.ones((VOCAB.size, 4)))
 
 
 def make_rows(rows: int = 64) -> dict[str, Any]:
@@ -53,7 +40,7 @@ def corrupted(objective: MaskedDiffusion, batch: dict[str, Any], step: int = 0) 
 
 
 def loss_of(objective: MaskedDiffusion, example: Example, ctx: Context) -> float:
-    terms = objective.terms({"model": Uniform()}, example, (), ctx)
+    terms = objective.terms({"model": Uniform(VOCAB.size)}, example, (), ctx)
     return float(total_loss(terms, denominators(objective, example), objective.coefficients))
 
 

@@ -17,11 +17,12 @@ from flax import nnx
 from lmobj import masks
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import EncoderConfig, OutputHead, PairHead
+from lmobj.models import EncoderConfig, PairHead
 from lmobj.objectives import Context, MaskedLM, _sentence_pairs, denominators, step_keys, total_loss
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import ENCODER, PairTopics, learn
+from tests.objectives.uniform import Uniform
 
 VOCAB = Vocabulary(size=16, pad=0, eos=3, cls=4, sep=5, mask=6)
 KINDS = [NextSentencePrediction, SentenceOrderPrediction]
@@ -48,20 +49,6 @@ def context(batch: dict[str, Any]) -> tuple[Any, Context]:
     return noise, Context(model, 0, VOCAB, train=False)
 
 
-class Uniform:
-    """A model for which every token is equally likely, and that remembers what it was given."""
-
-    def hidden(self, tokens: Any, **given: Any) -> Any:
-        self.given = given
-        return jnp.zeros((*tokens.shape, 4))
-
-    def head_hidden(self, hidden: Any) -> Any:
-        return hidden
-
-    def head_table(self) -> OutputHead:
-        return OutputHead(jnp.ones((VOCAB.size, 4)))
-
-
 def rather_class_1(hidden: Any) -> Any:
     """A head that gives class 1 three nats more than class 0 in the first row, and one more in the others."""
     return jnp.asarray([[0.0, 3.0], [0.0, 1.0], [0.0, 1.0]])
@@ -75,7 +62,7 @@ def terms_of(objective: Any) -> tuple[Any, Any]:
     batch = pairs()
     noise, ctx = context(batch)
     example = objective.corrupt(noise, batch, ctx)
-    model = Uniform()
+    model = Uniform(VOCAB.size)
     terms = objective.terms({"model": model, "heads": rather_class_1}, example, (), ctx)
     assert model.given["token_types"] is batch["token_types"]
     return terms, denominators(objective, example)

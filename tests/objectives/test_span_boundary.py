@@ -30,24 +30,16 @@ from lmobj.objectives import (
 )
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import ENCODER, FIRST, _batch, _Language, learn
+from tests.objectives.uniform import Uniform
 
 VOCAB = Vocabulary(size=16, pad=0, cls=4, sep=5, mask=6)
 KEY = jax.random.key(0, impl="threefry2x32")
 
 
-class Uniform:
-    """A model and a head for which every token is equally likely."""
+class UniformHead(Uniform):
+    """A head for which every token is equally likely too."""
 
     bias = jnp.zeros(VOCAB.size)
-
-    def hidden(self, tokens: Any, **_: Any) -> Any:
-        return jnp.zeros((*tokens.shape, 4))
-
-    def head_hidden(self, hidden: Any) -> Any:
-        return hidden
-
-    def head_table(self) -> OutputHead:
-        return OutputHead(jnp.ones((VOCAB.size, 4)))
 
     def __call__(self, left: Any, right: Any, offset: Any) -> Any:
         return left
@@ -93,7 +85,7 @@ def test_both_terms_have_their_own_sums_and_denominators() -> None:
                     any(t not in chosen for t in text if t < at) and any(t not in chosen for t in text if t > at)
                     for at in held
                 )
-        terms = objective.terms({"model": Uniform(), "heads": Uniform()}, example, (), ctx)
+        terms = objective.terms({"model": Uniform(VOCAB.size), "heads": UniformHead(VOCAB.size)}, example, (), ctx)
         np.testing.assert_allclose(terms.sums["nll"], 7 * math.log(16), rtol=1e-6)
         np.testing.assert_allclose(terms.sums["sbo"], count * math.log(16), rtol=1e-6)
         loss = total_loss(terms, denominators(objective, example), objective.coefficients)
@@ -108,7 +100,7 @@ def test_rows_too_short_and_rows_of_nothing_count_nothing() -> None:
     for rows in (short, {name: x if name == "row_ids" else 0 * x for name, x in short.items()}):
         example, ctx = corrupted(objective, {**rows, "word_starts": short["word_starts"]})
         assert float(objective.weights(example)["sbo"]) == 0
-        terms = objective.terms({"model": Uniform(), "heads": Uniform()}, example, (), ctx)
+        terms = objective.terms({"model": Uniform(VOCAB.size), "heads": UniformHead(VOCAB.size)}, example, (), ctx)
         assert float(terms.sums["sbo"]) == 0
         assert np.isfinite(float(total_loss(terms, denominators(objective, example), objective.coefficients)))
 
