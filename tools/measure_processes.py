@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -34,6 +35,11 @@ DEVICES = 4
 """In all processes together."""
 LIMIT = 1e-10
 ROOT = pathlib.Path(__file__).parent.parent
+GLOO = re.compile(
+    r"\[Gloo\] Rank "
+    r"(?:\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+|\n)*\n"
+)
+"""What connects CPU devices prints such lines, piece by piece and from several threads: pieces of two may mix."""
 
 
 class Ended(NamedTuple):
@@ -112,8 +118,8 @@ def run(
         for rank, process in processes.items():
             texts = []
             for file in told[rank]:
-                file.seek(0)  # Gloo, which connects CPU devices, prints lines of its own
-                texts.append("".join(line for line in file if not line.startswith("[Gloo]")))
+                file.seek(0)
+                texts.append(GLOO.sub("", file.read()))
             ended.append(Ended(process.returncode, texts[0], texts[1], at[rank]))
         return ended
 
