@@ -32,6 +32,7 @@ from typing import Literal, NamedTuple
 import jax
 from jaxtyping import Array, Int, Key, UInt32
 
+from lmobj._pieces import DENOISER_MARKS, INFILLING_MARKS, SPELLINGS
 from lmobj.errors import UserError
 
 __all__ = [
@@ -81,27 +82,51 @@ class Vocabulary:
     cls: int | None = None
     sep: int | None = None
     mask: int | None = None
+    sentinels: tuple[int, ...] = ()
+    """<extra_id_0>, <extra_id_1>, ..., of which each has the id below that of the one before."""
+    nlu: int | None = None
+    s2s: int | None = None
+    nlg: int | None = None
+    """[NLU], [S2S] and [NLG], one of which opens a row for a mixture of denoisers."""
+    fim_prefix: int | None = None
+    fim_suffix: int | None = None
+    fim_middle: int | None = None
+    """What the parts of a document begin with whose middle is to be filled in."""
 
     @property
     def special_ids(self) -> tuple[int, ...]:
         """Every special id that this vocabulary has, ascending."""
-        return self._given(self.pad, self.unk, self.bos, self.eos, self.cls, self.sep, self.mask)
+        return self._given(self.pad, self.unk, *self.control_ids)
 
     @property
     def control_ids(self) -> tuple[int, ...]:
         """Ids of tokens that stand for no text, ascending: corruption leaves them alone. An unknown word is text, and
         padding is told by segment 0, since a vocabulary without it has its id from the unknown word."""
-        return self._given(self.bos, self.eos, self.cls, self.sep, self.mask)
+        marks = (getattr(self, name) for name in SPELLINGS)
+        return self._given(self.bos, self.eos, *marks, *self.sentinels)
 
-    def require(self, who: str, *names: Literal["cls", "sep", "mask"]) -> tuple[int, ...]:
-        """Ids of special tokens that `who` cannot do without. Raises UserError naming those that are missing."""
-        missing = [f"no [{name.upper()}]" for name in names if getattr(self, name) is None]
+    def require(self, who: str, *names: str) -> tuple[int, ...]:
+        """Ids of special tokens that `who` cannot do without, by their names here. Raises UserError naming those that
+        are missing."""
+        missing = [f"no {SPELLINGS[name][0]}" for name in names if getattr(self, name) is None]
         if missing:
+            remedy = f"set a tokenizer with {'it' if len(names) == 1 else 'both' if len(names) == 2 else 'them'}"
+            for key, marks in (("denoiser_marks", DENOISER_MARKS), ("infilling_marks", INFILLING_MARKS)):
+                remedy = f"set data.tokenizer.{key} to true" if {*names} <= {*marks} else remedy
             raise UserError(
-                f"{who} needs {' and '.join(f'[{name.upper()}]' for name in names)}, and the vocabulary has "
-                f"{' and '.join(missing)}; set a tokenizer with {'it' if len(names) == 1 else 'both'}."
+                f"{who} needs {' and '.join(SPELLINGS[name][0] for name in names)}, and the vocabulary has "
+                f"{' and '.join(missing)}; {remedy}."
             )
         return tuple(getattr(self, name) for name in names)
+
+    def require_sentinels(self, who: str, count: int) -> int:
+        """The first of the `count` sentinels that `who` cannot do without. Raises UserError if there are fewer."""
+        if len(self.sentinels) < count:
+            raise UserError(
+                f"{who} marks up to {count} spans of a row by sentinels, and the vocabulary has {len(self.sentinels)}; "
+                f"set data.tokenizer.sentinels to {count} or more."
+            )
+        return self.sentinels[0]
 
     @staticmethod
     def _given(*ids: int | None) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ import pytest
 _ROOT = pathlib.Path(__file__).parent.parent
 _FLOORS = {
     **dict.fromkeys(("errors", "batch", "masks", "attention", "partition", "compat", "losses", "noise"), 1),
-    **dict.fromkeys(("_yaml", "_cache", "_shares", "_units"), 1),
+    **dict.fromkeys(("_yaml", "_cache", "_pieces", "_shares", "_units"), 1),
     "models": 2,
     **dict.fromkeys(("adapt", "objectives", "interop", "data", "tasks"), 3),
     **dict.fromkeys(("evaluate", "train"), 4),

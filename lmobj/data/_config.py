@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
+from lmobj._pieces import DENOISER_MARKS, INFILLING_MARKS, SPELLINGS, sentinel
 from lmobj.data._augment_config import Augmentation
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
 from lmobj.data._source_config import MixtureSource, SingleSource, StdlibSource, TfdsSource, check_choice
@@ -27,8 +28,8 @@ class SentencePieceConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     vocab_size: int | None = None
-    """Pieces, the 7 special ones, the newline and the 256 single bytes included; 4096 if absent. With `path`: the size
-    of that model, or absent. Of `char`: at most so many."""
+    """Pieces, the 7 special ones, the newline and the 256 single bytes included, but not the sentinels and marks below;
+    4096 if absent. With `path`: the size of that model, or absent. Of `char`: at most so many."""
     model: Literal["bpe", "unigram", "char"] = "bpe"
     """Kind of model to train. bpe trains ten times faster; unigram finds few whole words in text that puts a space
     before every punctuation mark, as WikiText does; char has a piece for each character, as Chinese BERT."""
@@ -38,6 +39,13 @@ class SentencePieceConfig:
     """Share of the characters that get a piece of their own, in (0.98, 1]; the rest is spelled in bytes."""
     sample_bytes: int = 32 * 1024 * 1024
     """Train on at most this many bytes of text, taken evenly over the training split; at least 1."""
+    sentinels: int = 0
+    """Sentinels <extra_id_0>, <extra_id_1>, ... beside the model's pieces, of which the first gets the last id (T5:
+    100), 0 or more. A model that has some needs no others."""
+    denoiser_marks: bool = False
+    """Whether there are [NLU], [S2S] and [NLG] beside the model's pieces (UL2)."""
+    infilling_marks: bool = False
+    """Whether there are <fim_prefix>, <fim_suffix> and <fim_middle> beside the model's pieces."""
 
     def __post_init__(self) -> None:
         check_choice("data.tokenizer.model", self.model, ("bpe", "unigram", "char"))
@@ -49,11 +57,19 @@ class SentencePieceConfig:
             )
         if self.sample_bytes < 1:
             raise UserError(f"data.tokenizer.sample_bytes is {self.sample_bytes}; accepted: a positive integer.")
+        if self.sentinels < 0:
+            raise UserError(f"data.tokenizer.sentinels is {self.sentinels}; accepted: 0 or more.")
 
     @property
     def trained_size(self) -> int:
-        """Pieces of a model that is to be trained."""
+        """Pieces of a model that is to be trained, without `control_pieces`."""
         return _DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
+
+    @property
+    def control_pieces(self) -> tuple[str, ...]:
+        """What is put after the pieces of the model, in this order."""
+        marks = DENOISER_MARKS * self.denoiser_marks + INFILLING_MARKS * self.infilling_marks
+        return (*(SPELLINGS[name][0] for name in marks), *map(sentinel, reversed(range(self.sentinels))))
 
 
 class Shares(NamedTuple):

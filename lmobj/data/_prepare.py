@@ -154,6 +154,7 @@ class _Preparation:
             "model": self._config.tokenizer.model,
             "character_coverage": self._config.tokenizer.character_coverage,
             "sample_bytes": self._config.tokenizer.sample_bytes,
+            "control_pieces": self._config.tokenizer.control_pieces,
         }
         path = self._cache / "tokenizers" / f"{digest_json(settings)}.model"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +252,7 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
             f"data.tokenizer.vocab_size is {asked}, but the model {config.tokenizer.path} has {tokenizer.size} pieces; "
             f"accepted: {tokenizer.size}, or no vocab_size."
         )
-    return tokenizer
+    return tokenizer.extended(config.tokenizer.control_pieces)
 
 
 def _save(tokenizer: Tokenizer, path: Path) -> None:

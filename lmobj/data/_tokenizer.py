@@ -5,6 +5,8 @@ in bytes, a newline is a piece of its own, and runs of spaces may be pieces. The
 
     <pad> 0   <unk> 1   <s> 2   </s> 3   [CLS] 4   [SEP] 5   [MASK] 6   newline 7   bytes 8..263
 
+Sentinels, and marks of denoisers and of infilling, where a config asks for some, come after all other pieces.
+
 Source: Kudo and Richardson, "SentencePiece", EMNLP 2018; Kudo, "Subword Regularization", ACL 2018 (unigram); Sennrich
 et al., "Neural Machine Translation of Rare Words with Subword Units", ACL 2016 (BPE).
 """
@@ -25,6 +27,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from lmobj._pieces import SPELLINGS, sentinel
 from lmobj.data._config import SentencePieceConfig
 from lmobj.errors import UserError
 
@@ -35,6 +38,8 @@ __all__ = ["Tokenizer", "train_tokenizer", "training_lines"]
 
 _SPACE = "▁"
 """How SentencePiece writes a space in a piece (U+2581). The character itself is spelled in bytes."""
+_SENTINELS = sentinel(0)[:-2]
+"""What all of them begin with."""
 _PROBE = " a  b\n\ufb01\t\u00e9 "
 """Comes back unchanged only from a model that neither normalises nor adds or drops spaces."""
 _TRAINING_THREADS = 16
@@ -75,6 +80,21 @@ class Tokenizer:
                 "writes it."
             ) from error
 
+    def extended(self, pieces: Sequence[str]) -> Tokenizer:
+        """This tokenizer with control pieces after its own, those that it has left out. No text is encoded otherwise.
+
+        Raises:
+          UserError: it has sentinels already, and `pieces` has others: all must have descending ids.
+        """
+        own, asked = len(self._special["sentinels"]), sum(piece.startswith(_SENTINELS) for piece in pieces)
+        if own and asked not in (0, own):
+            raise UserError(
+                f"data.tokenizer.sentinels is {asked}, and the model has {own} of its own; accepted: {own}, or 0 for "
+                "those."
+            )
+        new = [piece for piece in pieces if self._piece_id(piece) is None]
+        return Tokenizer(self._model + b"".join(map(_control_piece, new))) if new else self
+
     def save(self, path: str | Path) -> None:
         """Writes the model as a `.model` file that SentencePiece itself can load."""
         Path(path).write_bytes(self._model)
@@ -106,10 +126,17 @@ class Tokenizer:
             "unk": sp.unk_id(),
             "bos": sp.bos_id() if sp.bos_id() >= 0 else None,
             "eos": sp.eos_id() if sp.eos_id() >= 0 else None,
-            "cls": self._piece_id("[CLS]", "<cls>"),
-            "sep": self._piece_id("[SEP]", "<sep>"),
-            "mask": self._piece_id("[MASK]", "<mask>"),
+            "sentinels": self._sentinels,
+            **{name: self._piece_id(*spellings) for name, spellings in SPELLINGS.items()},
         }
+
+    @property
+    def _sentinels(self) -> tuple[int, ...]:
+        """Ids of <extra_id_0>, <extra_id_1>, ... as far as they descend one by one."""
+        found: list[int] = []
+        while (index := self._piece_id(sentinel(len(found)))) is not None and index == (found or [index + 1])[-1] - 1:
+            found.append(index)
+        return tuple(found)
 
     @cached_property
     def lossless(self) -> bool:
@@ -215,7 +242,7 @@ class Tokenizer:
     def _surface(self) -> list[bytes | None]:
         """The UTF-8 bytes of each piece; None for special pieces."""
         sp = self._processor
-        special = set(self._special.values())
+        special = {*self._special.values(), *self._special["sentinels"]}
         surface: list[bytes | None] = []
         for index in range(sp.get_piece_size()):
             piece = sp.id_to_piece(index)
@@ -261,6 +288,14 @@ class Tokenizer:
                 | _WIDE_TERMINATED * (last != "" and last in _WIDE_TERMINATORS)
             )
         return np.array(kinds, np.uint8)
+
+
+def _control_piece(piece: str) -> bytes:
+    """A piece as SentencePiece's model file has it, at the end of which any may stand: field 1 of ModelProto, in which
+    1 is its text, 2 its score (a float of 0), and 3 its type (3: control)."""
+    text = piece.encode()
+    message = b"\x0a" + bytes([len(text)]) + text + b"\x15" + bytes(4) + b"\x18\x03"
+    return b"\x0a" + bytes([len(message)]) + message
 
 
 def _ends_sentence(before: int, after: int) -> bool:
@@ -310,7 +345,7 @@ def train_tokenizer(config: SentencePieceConfig, texts: Iterable[str]) -> Tokeni
         )
     except RuntimeError as error:
         raise _training_error(config, str(error)) from error
-    return Tokenizer(model.getvalue())
+    return Tokenizer(model.getvalue()).extended(config.control_pieces)
 
 
 def _training_error(config: SentencePieceConfig, message: str) -> Exception:

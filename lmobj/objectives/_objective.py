@@ -121,6 +121,7 @@ class Example:
     predict: Int[Array, "B K"] | None = None
     decoder_inputs: Int[Array, "B T"] | None = None
     decoder_mask: AttentionMask | None = None
+    cross_mask: AttentionMask | None = None
     decoder_positions: Int[Array, "B T"] | None = None
     extra: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,4 +65,4 @@ def token_terms(model: LanguageModel, hidden: Float[Array, "B N D"], example: Ex
 
 def is_one_of(tokens: Int[Array, "B L"], ids: Iterable[int]) -> Bool[Array, "B L"]:
     """Which tokens have one of the ids."""
-    return functools.reduce(jnp.logical_or, (tokens == i for i in ids), jnp.zeros_like(tokens, bool))
+    return jnp.any(tokens[..., None] == jnp.asarray([*ids], tokens.dtype), axis=-1)

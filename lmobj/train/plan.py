@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from lmobj._pieces import DENOISER_MARKS, INFILLING_MARKS, SPELLINGS
 from lmobj._units import in_bytes
 from lmobj.batch import Vocabulary
 from lmobj.data import SentencePieceConfig, Tokenizer
@@ -75,9 +76,14 @@ def make_plan(design: Design, options: Mapping[str, Any] | None = None) -> Plan:
 
 def planned_vocabulary(settings: SentencePieceConfig) -> Vocabulary:
     """The vocabulary that the data will have, before there is a tokenizer to ask (unless the settings name one)."""
+    pieces = settings.control_pieces
     if settings.path is not None:
-        return Tokenizer.load(settings.path).vocabulary
-    return Vocabulary(settings.trained_size, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6)
+        return Tokenizer.load(settings.path).extended(pieces).vocabulary
+    ids = {piece: index for index, piece in enumerate(pieces, settings.trained_size)}
+    marks = {name: ids.get(SPELLINGS[name][0]) for name in (*DENOISER_MARKS, *INFILLING_MARKS)}
+    size = settings.trained_size + len(pieces)
+    sentinels = tuple(reversed(range(size - settings.sentinels, size)))
+    return Vocabulary(size, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6, sentinels=sentinels, **marks)
 
 
 def shard_bytes(tree: Any) -> int:

@@ -10,10 +10,11 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmobj.data import SentencePieceConfig, Tokenizer
+from lmobj.data import DataConfig, SentencePieceConfig, Tokenizer, load_tokenizer
 from lmobj.data import _tokenizer as module
 from lmobj.data._tokenizer import train_tokenizer
 from lmobj.errors import UserError
+from lmobj.train.plan import planned_vocabulary
 
 AWKWARD = [
     "",
@@ -207,6 +208,62 @@ def test_a_foreign_model_is_read_with_its_own_special_pieces(tmp_path, documents
     assert vocab.sep is None
     assert not tokenizer.lossless
     assert tokenizer.encode("ba  ko").tolist() == tokenizer._processor.encode("ba  ko")
+
+
+def test_sentinels_and_marks_come_after_the_pieces_of_the_model(unigram, documents):
+    settings = SentencePieceConfig(vocab_size=400, model="unigram", sentinels=3, infilling_marks=True)
+    extended = train_tokenizer(settings, documents)
+    assert unigram.size == 400
+    assert extended.size == 406
+    model = sentencepiece.SentencePieceProcessor(model_proto=extended._model)
+    pieces = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<extra_id_2>", "<extra_id_1>", "<extra_id_0>"]
+    assert [model.id_to_piece(i) for i in range(400, 406)] == pieces
+    assert all(model.is_control(i) for i in range(400, 406))
+    assert model.get_score(405) == 0
+    vocab = extended.vocabulary
+    assert vocab.sentinels == (405, 404, 403)
+    assert (vocab.fim_prefix, vocab.fim_suffix, vocab.fim_middle, vocab.nlu) == (400, 401, 402, None)
+    assert set(range(400, 406)) <= set(vocab.control_ids) <= set(vocab.special_ids)
+    assert not extended.piece_bytes[400:].any()
+    assert not extended.is_word[400:].any()
+    for text in ("a <extra_id_0> b", "<fim_middle>", documents[0]):
+        assert extended.encode(text).tolist() == unigram.encode(text).tolist()
+        assert extended.decode(extended.encode(text)) == text
+    assert extended.encode("<extra_id_1>", special=True).tolist() == [404]
+    assert extended.decode([405]) == ""
+    assert planned_vocabulary(settings) == vocab
+
+
+def test_a_model_gets_what_it_has_not(unigram, tmp_path):
+    pieces = SentencePieceConfig(sentinels=2, denoiser_marks=True).control_pieces
+    assert pieces == ("[NLU]", "[S2S]", "[NLG]", "<extra_id_1>", "<extra_id_0>")
+    extended = unigram.extended(pieces)
+    assert extended.extended(pieces) is extended
+    assert unigram.extended(()) is unigram
+    assert extended.extended(("[NLU]", "<fim_prefix>")).vocabulary.fim_prefix == 405
+    with pytest.raises(UserError, match=r"data.tokenizer.sentinels is 3, and the model has 2 of its own"):
+        extended.extended(SentencePieceConfig(sentinels=3).control_pieces)
+    extended.save(tmp_path / "extended.model")
+    settings = SentencePieceConfig(path=str(tmp_path / "extended.model"), infilling_marks=True)
+    loaded = load_tokenizer(DataConfig(tokenizer=settings))
+    assert loaded.vocabulary.sentinels == (404, 403)
+    assert loaded.vocabulary.fim_middle == 407
+    assert planned_vocabulary(settings) == loaded.vocabulary
+
+
+def test_sentinels_that_do_not_descend_are_none(unigram):
+    ascending = unigram.extended(("<extra_id_0>", "<extra_id_1>"))
+    assert ascending.vocabulary.sentinels == (400,)
+    assert unigram.vocabulary.sentinels == ()
+
+
+def test_what_a_vocabulary_lacks_is_named(unigram):
+    with pytest.raises(UserError, match=r"x needs \[NLU\] and \[NLG\], and the .* no \[NLU\] and no \[NLG\]; set data"):
+        unigram.vocabulary.require("x", "nlu", "nlg")
+    with pytest.raises(UserError, match=r"no <fim_middle>; set data.tokenizer.infilling_marks to true"):
+        unigram.vocabulary.require("x", "fim_middle")
+    with pytest.raises(UserError, match=r"up to 5 spans .* has 0; set data.tokenizer.sentinels to 5 or more"):
+        unigram.vocabulary.require_sentinels("x", 5)
 
 
 def test_what_is_no_model_is_named(tmp_path):
