@@ -164,7 +164,7 @@ def vocabulary(settings: Mapping[str, Any], size: int) -> Vocabulary:
                 f"config.json: {purpose}_token_id is {value!r}; accepted: one id from 0 to {size - 1}, or null."
             )
         ids[purpose] = value
-    return Vocabulary(size=size, **ids)
+    return Vocabulary(size, ids.get("pad", 0), bos=ids.get("bos"), eos=ids.get("eos"))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from lmobj.noise._span_corruption import (
     noise_spans,
     noise_tokens_iid,
     raw_length_for,
+    shortest_prefix,
     span_corruption_lengths,
     split_prefix,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "replace_tokens",
     "rotate_row",
     "sentinel_inputs_targets",
+    "shortest_prefix",
     "span_budget",
     "span_corruption_lengths",
     "span_targets",

@@ -32,6 +32,7 @@ __all__ = [
     "noise_spans",
     "noise_tokens_iid",
     "raw_length_for",
+    "shortest_prefix",
     "span_corruption_lengths",
     "split_prefix",
 ]
@@ -50,33 +51,36 @@ def span_corruption_lengths(length: int, noise_density: float, mean_span: float)
     return int(length - noisy + spans + 1), int(noisy + spans + 1)
 
 
-def raw_length_for(inputs_length: int, noise_density: float, mean_span: float) -> int:
-    """The most raw tokens whose corrupted inputs, with one sentinel per span and the end token, have `inputs_length`.
+def raw_length_for(length: int, noise_density: float, mean_span: float, *, joined: bool = False) -> int:
+    """The most raw tokens whose corrupted inputs have `length`, or with `joined` inputs and targets together.
 
     512 inputs hold 568 raw tokens at density 0.15 and mean span 3, and 766 at 0.5. As in the authors' helper, density
     0.5 gives one token less where the targets would be longer than the inputs: 766 tokens have 512 targets, 767 have
     513.
 
     Raises:
-      UserError: as `span_corruption_lengths`, or fewer inputs than 2 raw tokens need, which is 3.
+      UserError: as `span_corruption_lengths`, or a length below what 2 raw tokens need: 3 of inputs, 6 in all.
     """
     _check_spans(noise_density, mean_span)
-    if inputs_length < 3:
-        raise UserError(
-            f"inputs_length is {inputs_length}; at least 3 are needed: a token, a sentinel and the end token."
+    least = 6 if joined else 3
+    if length < least:
+        text = (
+            "two tokens, and a sentinel and the end token twice" if joined else "a token, a sentinel and the end token"
         )
+        raise UserError(f"length is {length}; at least {least} are needed: {text}.")
 
-    def fits(length: int) -> bool:
-        return span_corruption_lengths(length, noise_density, mean_span)[0] <= inputs_length
+    def fits(raw: int) -> bool:
+        inputs, targets = span_corruption_lengths(raw, noise_density, mean_span)
+        return inputs + targets * joined <= length
 
-    low, high = 2, 4  # the inputs never shrink with the raw tokens
+    low, high = 2, 4  # neither shrinks with the raw tokens
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     inputs, targets = span_corruption_lengths(low, noise_density, mean_span)
-    return low - 1 if noise_density == 0.5 and targets > inputs and low > 2 else low
+    return low - 1 if not joined and noise_density == 0.5 and targets > inputs and low > 2 else low
 
 
 def noise_spans(
@@ -152,10 +156,28 @@ def split_prefix(
     """
     _check_spans(noise_density, 1.0)
     most = jnp.asarray(length, jnp.int32) - 1
-    share = jnp.float32(1) - jnp.float32(2) * jnp.asarray(noise_density, jnp.float32)
-    least = jnp.clip(half_even(share * most.astype(jnp.float32), jnp), 1, jnp.maximum(most, 1)).astype(jnp.int32)
+    least = _least_prefix(most, noise_density, jnp)
     drawn = jax.random.randint(key, (), least, jnp.maximum(most, least) + 1, jnp.int32)
     return jnp.where(most >= 1, drawn, 0)
+
+
+def shortest_prefix(length: int, noise_density: float) -> int:
+    """The least that `split_prefix` draws for `length` tokens.
+
+    Raises:
+      UserError: fewer than 2 tokens, or a density not between 0 and 1.
+    """
+    _check_spans(noise_density, 1.0)
+    if length < 2:
+        raise UserError(f"length is {length}; a prefix and what follows it are at least 2 tokens.")
+    return int(_least_prefix(np.asarray(length - 1), noise_density, np))
+
+
+def _least_prefix(most: Any, noise_density: Any, xp: types.ModuleType) -> Any:
+    """Of at most `most` tokens, by `numpy` in float64 or by `jax.numpy` in float32, with the same outcome."""
+    real = np.float64 if xp is np else jnp.float32
+    share = xp.asarray(1, real) - 2 * xp.asarray(noise_density, real)
+    return xp.clip(half_even(share * most.astype(real), xp), 1, xp.maximum(most, 1)).astype(np.int32)
 
 
 def span_counts(length: Any, noise_density: Any, mean_span: Any, xp: types.ModuleType) -> tuple[Any, Any]:

@@ -35,6 +35,8 @@ from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from lmobj.objectives._simcse import SimCSE
 from lmobj.objectives._span_boundary import SpanBoundary
+from lmobj.objectives._span_corruption import PrefixLM, SpanCorruption
+from lmobj.objectives._text_to_text import TextToText
 from lmobj.objectives._token_classification import TokenClassification
 from lmobj.objectives._transformer_xl import TransformerXL
 
@@ -62,6 +64,7 @@ __all__ = [
     "ObjectiveState",
     "PermutationLM",
     "Pooling",
+    "PrefixLM",
     "Regression",
     "RelationClassification",
     "ReplacedTokenDetection",
@@ -71,9 +74,11 @@ __all__ = [
     "SentenceOrderPrediction",
     "SimCSE",
     "SpanBoundary",
+    "SpanCorruption",
     "Task",
     "TermKind",
     "Terms",
+    "TextToText",
     "TokenClassification",
     "TransformerXL",
     "Triplet",

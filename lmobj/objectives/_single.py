@@ -17,6 +17,7 @@ from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
 from lmobj.objectives._simcse import SimCSE
 from lmobj.objectives._span_boundary import SpanBoundary
+from lmobj.objectives._span_corruption import PrefixLM, SpanCorruption
 from lmobj.objectives._token_classification import TokenClassification
 from lmobj.objectives._transformer_xl import TransformerXL
 
@@ -33,12 +34,14 @@ SingleObjective = (
     | MultipleChoice
     | NextSentencePrediction
     | PermutationLM
+    | PrefixLM
     | Regression
     | RelationClassification
     | ReplacedTokenDetection
     | SentenceOrderPrediction
     | SimCSE
     | SpanBoundary
+    | SpanCorruption
     | TokenClassification
     | TransformerXL
     | Triplet

@@ -307,7 +307,7 @@ def test_joining_refuses_what_does_not_belong_together() -> None:
         (lambda: noise.span_corruption_lengths(9, 1.0, 3), r"noise_density is 1\.0"),
         (lambda: noise.raw_length_for(9, 0.0, 3), r"noise_density is 0\.0"),
         (lambda: noise.raw_length_for(9, 0.15, 0.5), r"mean_span is 0\.5"),
-        (lambda: noise.raw_length_for(2, 0.15, 3), "inputs_length is 2; at least 3"),
+        (lambda: noise.raw_length_for(2, 0.15, 3), "length is 2; at least 3"),
         (lambda: noise.noise_spans(jax.random.key(0), 4, max_length=4, noise_density=2, mean_span=1), "density is 2"),
         (lambda: noise.noise_tokens_iid(jax.random.key(0), 4, max_length=4, noise_density=-1), "density is -1"),
         (
