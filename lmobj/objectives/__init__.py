@@ -9,6 +9,7 @@ from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._mixture import Member, Mixture, member_models
+from lmobj.objectives._mixture_of_denoisers import Denoiser, MixtureOfDenoisers
 from lmobj.objectives._multi_label import MultiLabel
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._objective import (
@@ -46,6 +47,7 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Context",
+    "Denoiser",
     "Example",
     "ExtractiveQA",
     "InBatchContrastive",
@@ -55,6 +57,7 @@ __all__ = [
     "Member",
     "Metric",
     "Mixture",
+    "MixtureOfDenoisers",
     "Models",
     "MultiLabel",
     "MultipleChoice",

@@ -8,6 +8,7 @@ from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
+from lmobj.objectives._mixture_of_denoisers import MixtureOfDenoisers
 from lmobj.objectives._multi_label import MultiLabel
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._permutation_lm import PermutationLM
@@ -30,6 +31,7 @@ SingleObjective = (
     | InBatchContrastive
     | MaskedDiffusion
     | MaskedLM
+    | MixtureOfDenoisers
     | MultiLabel
     | MultipleChoice
     | NextSentencePrediction

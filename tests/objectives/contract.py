@@ -20,14 +20,43 @@ from flax import nnx
 
 from lmobj import objectives
 from lmobj.batch import NO_TAG, Batch, Vocabulary
-from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, ModelBuilder, MoEConfig, XLNetConfig
+from lmobj.models import (
+    DecoderConfig,
+    ElectraConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    ModelBuilder,
+    MoEConfig,
+    XLNetConfig,
+)
 from lmobj.objectives import Objective
 from lmobj.train.step import Program, State
 
 BATCH, LENGTH = 8, 16
-VOCAB = Vocabulary(size=40, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6)
+WORDS = 40
+"""Ordinary tokens are those from 7 on and below; after them come marks and sentinels."""
+VOCAB = Vocabulary(
+    size=WORDS + 16,
+    pad=0,
+    unk=1,
+    bos=2,
+    eos=3,
+    cls=4,
+    sep=5,
+    mask=6,
+    nlu=WORDS,
+    s2s=WORDS + 1,
+    nlg=WORDS + 2,
+    fim_prefix=WORDS + 3,
+    fim_suffix=WORDS + 4,
+    fim_middle=WORDS + 5,
+    sentinels=tuple(range(WORDS + 15, WORDS + 5, -1)),
+)
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
 DECODER = DecoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
+SEQ2SEQ = EncoderDecoderConfig(
+    layers=2, width=16, heads=2, head_width=8, mlp_width=32, max_length=2 * LENGTH, remat="none", **DROPOUT
+)
 ENCODER = EncoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
 ELECTRA = ElectraConfig(
     layers=2, width=16, heads=2, generator_fraction=0.5, generator_heads=2, max_length=2 * LENGTH, **DROPOUT
@@ -102,7 +131,7 @@ def make_batch(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
         tokens, segments, positions = np.zeros(length, int), np.zeros(length, int), np.zeros(length, int)
         starts = rng.random(length) < 0.6
         for i, (a, b) in enumerate(itertools.pairwise(bounds)):
-            tokens[a:b] = rng.integers(7, VOCAB.size, b - a)
+            tokens[a:b] = rng.integers(7, WORDS, b - a)
             segments[a:b], positions[a:b], starts[a] = i + 1, np.arange(b - a), True
         for name, value in zip(columns, (tokens, segments, positions, starts), strict=True):
             columns[name].append(value)
@@ -124,7 +153,7 @@ def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
     for row in range(rows):
         rng = np.random.default_rng([seed, first_row + row, 1])
         end, middle = length - int(rng.integers(0, 4)), int(rng.integers(4, length - 7))
-        batch["tokens"][row] = rng.integers(7, VOCAB.size, length)
+        batch["tokens"][row] = rng.integers(7, WORDS, length)
         batch["tokens"][row, [0, middle, end - 1]] = VOCAB.cls, VOCAB.sep, VOCAB.sep
         batch["token_types"][row] = np.arange(length) > middle
         batch["segment_ids"][row], batch["positions"][row] = 1, np.arange(length)
@@ -167,7 +196,7 @@ def make_choices(rows: int = BATCH, *, first_row: int = 0) -> Batch:
         for segment in range(1, 3 + rng.integers(0, 2)):
             start, context, choice = end, int(rng.integers(0, 2)), int(rng.integers(1, 2))
             middle, end = start + 2 + context, start + 3 + context + choice
-            batch["tokens"][row, start:end] = rng.integers(7, VOCAB.size, end - start)
+            batch["tokens"][row, start:end] = rng.integers(7, WORDS, end - start)
             batch["tokens"][row, [start, middle - 1, end - 1]] = VOCAB.cls, VOCAB.sep, VOCAB.sep
             batch["segment_ids"][row, start:end], batch["positions"][row, start:end] = segment, np.arange(end - start)
             batch["token_types"][row, middle:end] = 1
@@ -205,7 +234,7 @@ def make_streams(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, firs
 
 def make_sampled(rows: int = BATCH, *, first_row: int = 0) -> Batch:
     """`make_batch` with recorded samples for 6 slots; row r is the same in every batch."""
-    sampled = [np.random.default_rng([3, row]).integers(7, VOCAB.size, 6) for row in range(first_row, first_row + rows)]
+    sampled = [np.random.default_rng([3, row]).integers(7, WORDS, 6) for row in range(first_row, first_row + rows)]
     return make_batch(rows=rows, first_row=first_row) | {"sampled": jnp.asarray(np.stack(sampled), jnp.int32)}
 
 
@@ -219,7 +248,7 @@ def make_texts(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
         sizes = rng.integers(3, length // 3 + 1, 2 if row % 4 == 3 else 3)
         segments = np.repeat(np.arange(1, len(sizes) + 1), sizes)
         positions = np.concatenate([np.arange(size) for size in sizes])
-        tokens = rng.integers(7, VOCAB.size, len(segments))
+        tokens = rng.integers(7, WORDS, len(segments))
         tokens[positions == 0] = VOCAB.cls
         ids = 3 * row + np.arange(3)
         ids[0] -= 3 * (row % 8 == 4)
@@ -301,6 +330,48 @@ CASES: dict[str, Case] = {
     ),
     "masked_diffusion/truncated": Case(
         objectives.MaskedDiffusion(truncate_rate=0.5), {"model": ENCODER}, sees_later=True, variant=True
+    ),
+    "span_corruption": Case(
+        objectives.SpanCorruption(noise_density=0.3, mean_span=2, label_smoothing=0.1, z_loss=1e-3),
+        {"model": SEQ2SEQ},
+        packed=False,
+    ),
+    "span_corruption/decoder": Case(
+        objectives.SpanCorruption(noise_density=0.3, mean_span=2, rendering="decoder"),
+        {"model": dataclasses.replace(DECODER, max_length=4 * LENGTH)},  # rows hold inputs and targets
+        packed=False,
+        variant=True,
+    ),
+    "span_corruption/tokens": Case(
+        objectives.SpanCorruption(noise="tokens", noise_density=0.3), {"model": SEQ2SEQ}, packed=False, variant=True
+    ),
+    "prefix_lm": Case(objectives.PrefixLM(), {"model": SEQ2SEQ}, packed=False),
+    "prefix_lm/decoder": Case(
+        objectives.PrefixLM(rendering="decoder"),
+        {"model": dataclasses.replace(DECODER, max_length=4 * LENGTH)},
+        packed=False,
+        variant=True,
+    ),
+    "mixture_of_denoisers": Case(
+        objectives.MixtureOfDenoisers(
+            denoisers=(
+                objectives.Denoiser(noise_density=0.15, mean_span=3, mark="nlu"),
+                objectives.Denoiser(noise_density=0.25, mean_span=None, mark="s2s", weight=2.0),
+                objectives.Denoiser(noise_density=0.5, mean_span=4, mark="nlg"),
+            )
+        ),
+        {"model": SEQ2SEQ},
+        packed=False,
+        padded=False,  # rows are read as far as each denoiser's inputs have room, which is a share of their length
+    ),
+    "mixture_of_denoisers/decoder": Case(
+        objectives.MixtureOfDenoisers(
+            denoisers=(objectives.Denoiser(mean_span=2), objectives.Denoiser(mean_span=None)), rendering="decoder"
+        ),
+        {"model": dataclasses.replace(DECODER, max_length=4 * LENGTH)},
+        packed=False,
+        padded=False,
+        variant=True,
     ),
     "span_boundary": Case(
         objectives.SpanBoundary(mask_rate=0.3, max_span=2, layout="packed"), {"model": ENCODER}, packed=False
