@@ -30,7 +30,7 @@ from lmobj.models import DecoderConfig, EncoderConfig, ModelBuilder
 from lmobj.objectives import Objective, Role
 from lmobj.train.step import Program
 
-__all__ = ["DECODER", "ENCODER", "PairTopics", "Repeats", "Sums", "Twins", "learn"]
+__all__ = ["DECODER", "ENCODER", "PairTopics", "Repeats", "Sums", "Topics", "Twins", "learn"]
 
 Batches = dict[str, Any]
 """Named arrays [steps, B, ...]; of mixtures, member name -> such a dict."""
