@@ -87,7 +87,10 @@ def test_no_device_holds_what_the_mesh_divides(path: pathlib.Path) -> None:
     least = 4 * (routed / made.mesh.shape["expert"] + made.parameter_count - routed) / ways
     # Biases, norms and tables of positions may stay whole: a hundredth at these sizes.
     assert least <= plan.parameters <= least + 4 * made.parameter_count / 100
-    assert plan.optimizer == pytest.approx(2 * plan.parameters, rel=1e-3), "two moments"
+    if made.config.train.optimizer.name == "adafactor":
+        assert plan.optimizer < plan.parameters / 100, "a row and a column of each matrix"
+    else:
+        assert plan.optimizer == pytest.approx(2 * plan.parameters, rel=1e-3), "two moments"
     # What is gathered is one parameter of one layer at a time: no stack of layers, no hidden states, no logits, and no
     # table of the vocabulary.
     layers = getattr(made.config.model, "layers", 0)
