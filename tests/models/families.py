@@ -88,7 +88,9 @@ CONFIGS: dict[str, ModelConfig] = {
         scale_attention=True,
     ),
 }
-CAUSAL = ["gpt2", "llama", "gru", "t5", "bart"]
+DECODERS = ["gpt2", "llama", "gru"]
+CAUSAL = [*DECODERS, "t5", "bart"]
+"""Families whose tokens see those before them, of an encoder-decoder the decoder's."""
 HEADLESS = ["electra"]
 """Families whose `hidden` has no vocabulary head."""
 
