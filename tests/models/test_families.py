@@ -196,7 +196,7 @@ def test_bfloat16_products_and_float32_parameters(name: str) -> None:
     assert products.count(jnp.bfloat16) > len(products) / 2
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_remat_policies_agree(name: str) -> None:
     with jax.enable_x64(True):
         tokens = random_tokens(3, L)
