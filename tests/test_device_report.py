@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 
 from lmobj import attention as attention_module
 from lmobj import masks, objectives
+from lmobj.models import EncoderDecoderConfig
+from tests.train.seq2seq_objective import Reconstruction
 from tests.train.tiny_runs import quick_compilation
 
 
@@ -178,6 +181,21 @@ def test_a_quick_report(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[st
     assert "| quick, 0.1M, 4 x 32, float32 | lmobj | xla |" in table
     assert found["environment"]["packages"]["jax"] in table
     assert table in capsys.readouterr().out
+
+
+def test_a_row_without_a_peer_is_lmobjs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    gpt2 = device_speed.quick()["quick"]
+    model = EncoderDecoderConfig(layers=1, width=8, heads=2)
+    rows = {"gpt2": gpt2, "seq2seq": dataclasses.replace(gpt2, model=model, objective=Reconstruction())}
+    assert device_report.by_contenders(rows, ("lmobj", "eager")) == {
+        ("lmobj", "eager"): {"gpt2": rows["gpt2"]},
+        ("lmobj",): {"seq2seq": rows["seq2seq"]},
+    }
+    assert "seq2seq has no peer: model.name is encoder_decoder" in capsys.readouterr().err
+    assert device_report.by_contenders(rows, ("eager",)) == {("eager",): {"gpt2": rows["gpt2"]}}
+    assert device_report.by_contenders(rows, ("lmobj",)) == {("lmobj",): rows}
 
 
 def test_words_that_name_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

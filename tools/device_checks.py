@@ -371,7 +371,7 @@ def family_checks() -> Iterator[Check]:
             def total(params: Any) -> tuple[Any, Any]:
                 model = nnx.merge(graph, params)
                 packed = mask.packed(jnp.asarray(segments))
-                hidden = model.hidden(jnp.asarray(tokens), mask=packed, dropout=families.SEEDS[:2])
+                hidden = families.states(model, jnp.asarray(tokens), mask=packed, dropout=families.SEEDS[:2])
                 hidden = jnp.where(real, hidden.astype(precise), 0)
                 return jnp.sum(hidden * weight.astype(precise)), hidden
 

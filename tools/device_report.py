@@ -9,9 +9,10 @@ without logits, values and gradients, against the CPU in float64. What a backend
 else that does not agree makes the exit code 1.
 
 Measurements (`lmobj.speed`, as `lmobj speed` takes them): compile time, time of a step, tokens/s, memory, model FLOPs
-utilisation, beside PyTorch with Transformers (eager and compiled) where they are installed, for the experiments of
-`device_speed.py`; and the fastest matrix product, which says how much the device has to give. On a GPU PyTorch must be
-a build for it. Where memory runs out the row says so, and the experiment is measured again with half the rows.
+utilisation, beside PyTorch with Transformers (eager and compiled) where they are installed and have a peer, for the
+experiments of `device_speed.py`; and the fastest matrix product, which says how much the device has to give. On a GPU
+PyTorch must be a build for it. Where memory runs out the row says so, and the experiment is measured again with half
+the rows.
 
 Each part runs in a process of its own, so that memory is its own and a crash costs one row.
 """
@@ -26,7 +27,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
@@ -38,6 +39,8 @@ import device_checks as checks  # noqa: E402
 import device_speed  # noqa: E402
 
 from lmobj import speed  # noqa: E402
+from lmobj.config import Experiment  # noqa: E402
+from lmobj.errors import UserError  # noqa: E402
 from lmobj.train.flops import FORMULA  # noqa: E402
 
 QUICK_CEILINGS = (("float32", (256,)),)
@@ -97,9 +100,28 @@ def report(arguments: argparse.Namespace, child: Child = speed.in_process) -> di
     for dtype, sizes in ceilings if workloads else ():
         found["ceilings"].append(child(speed.matmul_ceiling, dtype, sizes))
     turns, seconds = (2, 0.05) if quick else (arguments.rounds, speed.TURN_SECONDS)
-    found["workloads"] = speed.measure_each(
-        workloads, contenders, turns=turns, seconds=seconds, fewer_rows=True, child=child
-    )
+    for wanted, rows in by_contenders(workloads, contenders).items():
+        found["workloads"] |= speed.measure_each(
+            rows, wanted, turns=turns, seconds=seconds, fewer_rows=True, child=child
+        )
+    return found
+
+
+def by_contenders(
+    workloads: Mapping[str, Experiment], contenders: tuple[speed.Contender, ...]
+) -> dict[tuple[speed.Contender, ...], dict[str, Experiment]]:
+    """The workloads by who takes part in them: all, or lmobj alone where Transformers has no peer."""
+    found: dict[tuple[speed.Contender, ...], dict[str, Experiment]] = {}
+    for name, experiment in workloads.items():
+        wanted = contenders
+        try:
+            if set(contenders) != {"lmobj"}:
+                speed.check_peer(experiment)
+        except UserError as error:
+            print(f"{name} has no peer: {error}", file=sys.stderr)
+            wanted = tuple(one for one in contenders if one == "lmobj")
+        if wanted:
+            found.setdefault(wanted, {})[name] = experiment
     return found
 
 

@@ -1,7 +1,7 @@
 """What `device_report` measures: experiments of `configs/pretrain` at fixed sizes, and the device's own ceiling.
 
-They are measured by `lmobj.speed`, beside Transformers in PyTorch where it is installed. Where more than one setting
-may be the fastest, each has a row.
+They are measured by `lmobj.speed`, beside Transformers in PyTorch where it is installed and has a peer. Where more than
+one setting may be the fastest, each has a row. A row is a config and what it changes in it, whatever the model.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     z -> z + act(z D + d) U + u        D in R^{width x r}, U in R^{r x width}, U = 0 at first
 
-Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2.1: behind attention and behind the
-feed-forward part, before each is added to the residual; norms are trained too. Pfeiffer et al. 2021, "AdapterFusion:
-Non-Destructive Task Composition for Transfer Learning": behind the feed-forward part alone.
+Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2.1: behind attention, that of a decoder
+over an encoder too, and behind the feed-forward part, before each is added to the residual; norms are trained as well.
+Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning": behind the feed-forward
+part alone.
 
 Deviations: U begins at zero, so that a fresh adapter is the identity exactly; Houlsby draws D and U from a normal
 distribution of standard deviation 0.01, as D is here. An adapter stands before the dropout of the residual, where the
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float
 from lmobj.adapt._adapted import AdaptedLinear, at_least, axes_of, children, product, replace_linears, trained
 from lmobj.adapt._marks import mark
 from lmobj.errors import UserError
+from lmobj.models._attention import CrossAttention
 from lmobj.models._layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, truncated_normal
 
 __all__ = ["BottleneckLinear", "Houlsby", "Pfeiffer"]
@@ -32,7 +34,7 @@ _ACTIVATIONS = {"relu": lambda x: jnp.maximum(x, 0), "gelu": ACTIVATIONS["gelu"]
 
 @dataclass(frozen=True)
 class Houlsby:
-    """Adapters behind both parts of a block; the norms are trained with them."""
+    """Adapters behind every part of a block; the norms are trained with them."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -45,16 +47,17 @@ class Houlsby:
     norms: bool = True
     """Whether the model's norms are trained."""
 
-    places: ClassVar[tuple[str, ...]] = ("attention/out", "mlp/down")
+    places: ClassVar[tuple[str, ...]] = ("attention/out", "cross_attention/out", "mlp/down")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "bottleneck")
 
     def adapt(self, model: nnx.Module, rngs: nnx.Rngs) -> None:
         """Puts the adapters into a model, in place."""
+        across = any(isinstance(module, CrossAttention) for _, _, module in children(model))
         replace_linears(
             model,
-            self.places,
+            [place for place in self.places if across or not place.startswith("cross_attention")],
             lambda _, linear: BottleneckLinear(linear, self.bottleneck, self.activation, rngs),
             key="name",
         )

@@ -5,7 +5,8 @@ unfreezing is a sequence of such settings; Lee et al. 2019, "What Would Elsa Do?
 Fine-Tuning", which trains the last quarter of the layers.
 
 Frozen layers run as a stack of their own, so that with frozen embeddings the backward pass ends above them: they cost
-no gradient, and nothing of them is kept for one.
+no gradient, and nothing of them is kept for one. Of an encoder-decoder the first layers of both stay as they are; its
+decoder's lie on the way to the encoder's that learn, so the backward pass goes through them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lmobj.models._layers import Embedding
 
 __all__ = ["Freeze", "PartlyFrozenStack"]
 
-_OUTPUT_TABLE = "head"
+_OUTPUT_TABLE, _EMBEDDING_NORM = "head", "/embedding_norm"
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Freeze:
     name: Literal["freeze"] = "freeze"
     """The model itself, but for its first layers."""
     layers: int = 0
-    """How many of the first layers stay as they are, at least 0."""
+    """How many of the first layers stay as they are, at least 0; of an encoder-decoder, in each of the two."""
     embeddings: bool = True
-    """Whether the tables that are read by index, and the norm over their sum, stay as they are; tied output tables with
-    them."""
+    """Whether the tables that are read by index, positions' too, and the norm over their sum, stay as they are; tied
+    output tables with them."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "layers")
@@ -59,7 +60,8 @@ class Freeze:
         places = list(children(model))
         if self.embeddings:
             for path, _, module in places:
-                if isinstance(module, Embeddings) or (isinstance(module, Embedding) and path != _OUTPUT_TABLE):
+                table = isinstance(module, Embedding) and path != _OUTPUT_TABLE
+                if table or isinstance(module, Embeddings) or path.endswith(_EMBEDDING_NORM):
                     mark(module, False)
         if not self.layers:
             return
@@ -67,7 +69,7 @@ class Freeze:
         if not stacks:
             raise UserError(
                 f"adapter.layers is {self.layers}, and the layers of {type(model).__name__} cannot be parted; "
-                "accepted: 0, or a decoder, an encoder or an ELECTRA pair."
+                "accepted: 0, or a decoder, an encoder, both in one, or an ELECTRA pair."
             )
         for path, parent, stack in stacks:
             setattr(parent, path.rsplit("/", 1)[-1], self._frozen(stack))
@@ -114,6 +116,11 @@ class PartlyFrozenStack(Adapted, Stack):
         """The last block's output for new tokens, and the cache with them added."""
         x, cache = self.frozen.step(x, call, cache)
         return super().step(x, call, cache)
+
+    def cross_cache(self, encoded: Float[Array, "B S D"]) -> KVCache:
+        """Keys and values of an encoder's output in every layer's attention over it."""
+        first, rest = self.frozen.cross_cache(encoded), super().cross_cache(encoded)
+        return KVCache(*(jnp.concatenate(parts, axis=1) for parts in zip(first, rest, strict=True)))
 
 
 def _part(base: Stack, part: slice, *, layers: int, first: int) -> Stack:

@@ -2,11 +2,13 @@
 
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", section 2. The text sees the prompt; the
 prompt sees itself in both directions, and no text. So packed documents stay independent of one another, each with
-the same prompt before it, and a causal model's prompt is the paper's but for its looking ahead within itself.
+the same prompt before it, and a causal model's prompt is the paper's but for its looking ahead within itself. Of an
+encoder-decoder it is the encoder that reads one, as the paper's T5.
 
-Deviations: in a bidirectional model the paper's prompt sees the text. The prompt stands behind the embeddings with
-their positions and norm, so that tokens keep their positions and a row its full length; rotary models do not rotate
-it. It begins with normal values; the paper also tries vectors of words.
+Deviations: in a bidirectional model the paper's prompt sees the text, and a decoder sees what its encoder makes of the
+prompt. The prompt stands behind the embeddings with their positions and norm, so that tokens keep their positions and a
+row its full length; rotary models do not rotate it, and relative positions add no bias to it. It begins with normal
+values; the paper also tries vectors of words.
 """
 
 from __future__ import annotations
@@ -49,12 +51,13 @@ class Prompt:
         positive(self, "init_std")
 
     def adapt(self, model: nnx.Module, rngs: nnx.Rngs) -> None:
-        """Puts a prompt before each stack of a model, in place."""
-        places = [place for place in children(model) if isinstance(place[2], Stack)]
+        """Puts a prompt before each stack of a model that reads no encoder, in place."""
+        stacks = (place for place in children(model) if isinstance(place[2], Stack))
+        places = [place for place in stacks if not place[2].spec.cross_attention]
         if not places or any(stack.spec.moe is not None for _, _, stack in places):
             raise UserError(
                 f"adapter.name is prompt, and the layers of {type(model).__name__} cannot take one; accepted: a "
-                "decoder or an encoder without experts, or an ELECTRA pair."
+                "decoder or an encoder without experts, both in one, or an ELECTRA pair."
             )
         for path, parent, stack in places:
             setattr(parent, path.rsplit("/", 1)[-1], PromptedStack(stack, self, rngs))
@@ -79,6 +82,7 @@ class PromptedStack(Adapted, Stack):
             mask=_with_prompt(call.mask, x.shape[:2], P),
             positions=jnp.pad(call.positions, ((0, 0), (P, 0))),
             rotary=rotary,
+            bias=None if call.bias is None else jnp.pad(call.bias, ((0, 0), (0, 0), (P, 0), (P, 0))),
         )
         x, collected = super()._run(jnp.concatenate([prompt, x], axis=1), call, collect=collect)
         return x[:, P:], collected[:, :, P:] if collect else None

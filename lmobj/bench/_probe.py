@@ -1,9 +1,9 @@
 """The frozen-feature probe: what a linear classifier can read off a model's hidden states, the model left as it is.
 
 A text is read as the model has read documents in training: with the same special tokens around it, the same view of
-what comes later, and token types where it had them. Its features are the mean over its tokens of the last layer's
-hidden states (or those of one token). They are standardised, and a logistic regression is fitted on them by
-scikit-learn, which is deterministic.
+what comes later, and token types where it had them; of an encoder-decoder the encoder reads it. Its features are the
+mean over its tokens of the last layer's hidden states (or those of one token). They are standardised, and a logistic
+regression is fitted on them by scikit-learn, which is deterministic.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lmobj.bench._probe_config import Features, Probe
 from lmobj.bench._reading import Reading
 from lmobj.data import TextRows, text_rows
 from lmobj.errors import UserError
+from lmobj.models import EncoderDecoderModel
 
 __all__ = ["NotFinite", "Scores", "check_probe", "fit_and_score", "majority", "probe_model", "require_sklearn"]
 
@@ -137,7 +138,7 @@ def _scores(labels: Sequence[str], guesses: Any, converged: bool = True) -> Scor
 
 
 def _split(model: Any) -> tuple[nnx.GraphDef, Any]:
-    if not hasattr(model, "hidden"):
+    if not hasattr(model, "hidden") and not isinstance(model, EncoderDecoderModel):
         raise UserError(f"probe is given, and the model {type(model).__name__} has no hidden states; accepted: null.")
     graph, params = nnx.split(model)
     return graph, params
@@ -169,9 +170,12 @@ def _hidden_features(
     types: Int[Array, "B L"],
 ) -> Float[Array, "B D"]:
     model = nnx.merge(graph, params)
-    mask = (masks.causal() if causal else masks.bidirectional()).packed(segments)
-    given = {"token_types": types} if typed else {}
-    hidden = model.hidden(tokens, mask=mask, **given)
+    if isinstance(model, EncoderDecoderModel):
+        hidden = model.encode(tokens, mask=masks.bidirectional().packed(segments))
+    else:
+        mask = (masks.causal() if causal else masks.bidirectional()).packed(segments)
+        given = {"token_types": types} if typed else {}
+        hidden = model.hidden(tokens, mask=mask, **given)
     hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
     if features == "first":
         return hidden[:, 0]

@@ -18,7 +18,7 @@ from lmobj.evaluate._answer_scores import (
 from lmobj.evaluate._answer_spans import AnswerSpan, FoundAnswers, find_answers
 from lmobj.evaluate._answer_task import AnswerSource, AnswerTask
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
-from lmobj.evaluate._cached import Generated, output_logits
+from lmobj.evaluate._cached import Generated, check_reads_rows, output_logits
 from lmobj.evaluate._class_scores import (
     ClassReport,
     ClassScore,
@@ -130,6 +130,7 @@ __all__ = [
     "beam_search",
     "best_null_threshold",
     "bits_per_byte",
+    "check_reads_rows",
     "choose_shots",
     "cloze_hits",
     "compare_decodings",

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmobj.errors import UserError
-from lmobj.models import Cache, CachedModel, LanguageModel
+from lmobj.models import Cache, CachedModel, EncoderDecoderModel, LanguageModel
 
-__all__ = ["Generated", "check_counts", "extend", "output_logits", "prefill"]
+__all__ = ["Generated", "check_counts", "check_reads_rows", "extend", "output_logits", "prefill"]
 
 _MOST = 2**20
 """Of tokens, samples, beams: more than any context or memory holds."""
@@ -37,6 +37,15 @@ def check_counts(settings: Any, *names: str) -> None:
             raise UserError(f"{name} is {count}; it must be at least 1.")
         if count is not None and count > _MOST:
             raise UserError(f"{name} is {count}; it must be at most {_MOST}.")
+
+
+def check_reads_rows(model: Any) -> None:
+    """Refuses a model that gives no hidden states of a row by itself."""
+    if isinstance(model, EncoderDecoderModel):
+        raise UserError(
+            f"model is {type(model).__name__}, whose decoder writes a row of its own beside the one that is read; "
+            "accepted: a model that reads one row, such as a decoder or an encoder."
+        )
 
 
 def output_logits(model: LanguageModel, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from lmobj import losses, masks
 from lmobj.data import Tokenizer
 from lmobj.errors import UserError
+from lmobj.evaluate._cached import check_reads_rows
 from lmobj.models import LanguageModel
 
 __all__ = ["Normalisation", "ScoredText", "answer_scores", "continuation_log_probs", "same_start", "scored_text"]
@@ -88,8 +89,10 @@ def continuation_log_probs(
       done: told after each batch how many rows are done.
 
     Raises:
-      UserError: a row without a scored token or without one before it, or a model whose probabilities are not numbers.
+      UserError: a row without a scored token or without one before it, or a model that reads no row by itself or whose
+        probabilities are not numbers.
     """
+    check_reads_rows(model)
     for number, row in enumerate(rows):
         if not 1 <= row.start < len(row.tokens):
             raise UserError(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lmobj.data import Tokenizer
 from lmobj.errors import UserError
+from lmobj.evaluate._cached import check_reads_rows
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.models import CachedModel, LanguageModel
 
@@ -81,8 +82,10 @@ def fill_text(model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5)
       The text with each mask filled by its most probable piece, and the k best pieces of each mask.
 
     Raises:
-      UserError: the vocabulary has no mask, the text has none, or k is not in 1..vocabulary size.
+      UserError: the model reads no row by itself, the vocabulary has no mask, the text has none, or k is not in
+        1..vocabulary size.
     """
+    check_reads_rows(model)
     tokens, where = masked_tokens(tokenizer, text)
     size = tokenizer.vocabulary.size
     if not 1 <= k <= size:

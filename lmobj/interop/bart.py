@@ -22,7 +22,7 @@ from lmobj.interop._names import Name, Tensors, check_copies, linear, norm, read
 from lmobj.models import EncoderDecoderConfig
 from lmobj.models._layers import Activation
 
-__all__ = ["config_from_hf", "config_to_hf", "from_lmobj", "load", "save", "to_lmobj"]
+__all__ = ["config_from_hf", "config_to_hf", "from_lmobj", "load", "save", "table_of", "to_lmobj"]
 
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu_exact", "gelu_new": "gelu", "relu": "relu"}
 _SHARED, _BIAS = "model.shared.weight", "final_logits_bias"
@@ -123,7 +123,7 @@ def to_lmobj(
     Raises:
       UserError: settings that BART does not have, or tensors that are missing, unknown or of another shape.
     """
-    _check(config)
+    table = table_of(config)
     tensors = check_copies(tensors, _COPIES)
     vocab_size = vocab_size or vocabulary_rows(tensors, _SHARED)
     for name in _POSITIONS:
@@ -131,7 +131,7 @@ def to_lmobj(
             tensors[name] = tensors[name][_UNREAD:]
     bias = tensors.get(_BIAS, np.zeros((1, vocab_size), np.float32))
     tensors[_BIAS] = bias[0] if bias.ndim == 2 and len(bias) == 1 else bias
-    return read(_table(), tensors, config, vocab_size, ignore)
+    return read(table, tensors, config, vocab_size, ignore)
 
 
 def from_lmobj(params: Mapping[str, Any], config: EncoderDecoderConfig, vocab_size: int) -> dict[str, np.ndarray]:
@@ -142,8 +142,7 @@ def from_lmobj(params: Mapping[str, Any], config: EncoderDecoderConfig, vocab_si
     Raises:
       UserError: settings that BART does not have, or parameters that are not the model's.
     """
-    _check(config)
-    tensors = write(_table(), params, config, vocab_size)
+    tensors = write(table_of(config), params, config, vocab_size)
     for name in _POSITIONS:
         tensors[name] = np.pad(tensors[name], [(_UNREAD, 0), (0, 0)])
     tensors[_BIAS] = tensors[_BIAS][None]
@@ -178,7 +177,13 @@ def save(
     _files.write_folder(folder, config_to_hf(config, vocab), from_lmobj(params, config, vocab.size))
 
 
-def _table() -> tuple[Name, ...]:
+def table_of(config: EncoderDecoderConfig) -> tuple[Name, ...]:
+    """The names of every tensor of a model with these settings.
+
+    Raises:
+      UserError: settings that BART does not have.
+    """
+    _check(config)
     shared = Name(_SHARED, "tokens/table", vocab=True), Name(_BIAS, "output_bias", vocab=True)
     return (*shared, *_side("encoder"), *_side("decoder"))
 

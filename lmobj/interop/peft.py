@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -20,14 +20,15 @@ from flax import nnx
 
 from lmobj.adapt import IA3, AdaLoRA, DoRA, LoRA, apply
 from lmobj.errors import UserError
-from lmobj.interop import _files, albert, bert, gpt2, roberta
+from lmobj.interop import _files, albert, bart, bert, gpt2, roberta, t5
 from lmobj.interop._files import must_be, one_of, setting
 from lmobj.interop._names import Name, listed
+from lmobj.models import EncoderDecoderConfig
 from lmobj.models._layers import Linear
 
 __all__ = ["Family", "PeftConfig", "load", "save"]
 
-Family = Literal["albert", "bert", "gpt2", "roberta"]
+Family = Literal["albert", "bart", "bert", "gpt2", "roberta", "t5"]
 PeftConfig = AdaLoRA | DoRA | IA3 | LoRA
 M = TypeVar("M", bound=nnx.Module)
 Arrays = dict[str, np.ndarray]
@@ -35,12 +36,17 @@ Arrays = dict[str, np.ndarray]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
-_TABLES: Mapping[str, Sequence[Name]] = {
-    "albert": albert.TABLE,
-    "bert": bert.TABLE,
-    "gpt2": gpt2.TABLE,
-    "roberta": roberta.TABLE,
+_TABLES: Mapping[str, Callable[[Any], Sequence[Name]]] = {
+    "albert": lambda config: albert.TABLE,
+    "bart": bart.table_of,
+    "bert": lambda config: bert.TABLE,
+    "gpt2": lambda config: gpt2.TABLE,
+    "roberta": lambda config: roberta.TABLE,
+    "t5": t5.table_of,
 }
+"""The tensors of a family's model with some settings."""
+_PAIRED = ("bart", "t5")
+"""Families of an encoder with a decoder."""
 
 
 class _Module(NamedTuple):
@@ -68,7 +74,7 @@ def save(folder: str | os.PathLike[str], model: nnx.Module, adapter: PeftConfig,
     """
     if not isinstance(adapter, PeftConfig):
         raise UserError(f"adapter.name is {adapter.name}; accepted in PEFT's files: lora, dora, adalora or ia3.")
-    linears, modules = _linears(model), _modules(family)
+    linears, modules = _linears(model), _modules(model, family)
     adapted = {path for path, linear in linears.items() if _is_adapted(linear)}
     named = {path for module in modules for path in module.ours}
     if not adapted or adapted - named:
@@ -110,7 +116,7 @@ def load(folder: str | os.PathLike[str], model: M, family: Family) -> tuple[M, P
     tensors = _files.read_tensors(Path(folder) / _WEIGHTS)
     base = _linears(model)
     found = {}
-    for module in _modules(family):
+    for module in _modules(model, family):
         if all(path in base for path in module.ours):
             layers = [_taken(tensors, name, settings) for name in module.names(base)]
             if any(layers):
@@ -294,11 +300,16 @@ def _set(linear: Linear, name: str, array: np.ndarray, path: str) -> None:
     setattr(linear, name, variable.replace(jnp.asarray(value, variable.dtype)))
 
 
-def _modules(family: Family) -> list[_Module]:
-    """Every linear map of a family."""
+def _modules(model: Any, family: Family) -> list[_Module]:
+    """Every linear map of a model as its family has them."""
     if family not in _TABLES:
         raise UserError(f"family is {family!r}; accepted: {', '.join(_TABLES)}.")
-    kernels = [entry for entry in _TABLES[family] if entry.paths[0].endswith("/kernel")]
+    accepted = [name for name in _TABLES if (name in _PAIRED) == isinstance(model.config, EncoderDecoderConfig)]
+    if family not in accepted:
+        raise UserError(
+            f"family is {family!r} and the model is of the family {model.config.name}; accepted: {', '.join(accepted)}."
+        )
+    kernels = [entry for entry in _TABLES[family](model.config) if entry.paths[0].endswith("/kernel")]
     return [
         _Module(entry.theirs.removesuffix(".weight"), tuple(path.removesuffix("/kernel") for path in entry.paths))
         for entry in kernels

@@ -22,7 +22,7 @@ from lmobj.interop._names import Name, Tensors, check_copies, linear, read, refu
 from lmobj.models import EncoderDecoderConfig
 from lmobj.models._layers import Activation
 
-__all__ = ["config_from_hf", "config_to_hf", "from_lmobj", "load", "save", "to_lmobj"]
+__all__ = ["config_from_hf", "config_to_hf", "from_lmobj", "load", "save", "table_of", "to_lmobj"]
 
 _ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gated-gelu": "geglu"}
 _COPIES = {f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")}
@@ -103,11 +103,11 @@ def to_lmobj(
     Raises:
       UserError: settings that T5 does not have, or tensors that are missing, unknown or of another shape.
     """
-    _check(config)
+    table = table_of(config)
     copies = _COPIES | ({"lm_head.weight": "shared.weight"} if config.tie_embeddings else {})
     tensors = check_copies(tensors, copies)
     vocab_size = vocab_size or vocabulary_rows(tensors, "shared.weight")
-    return read(_table(config), tensors, config, vocab_size, ignore)
+    return read(table, tensors, config, vocab_size, ignore)
 
 
 def from_lmobj(params: Mapping[str, Any], config: EncoderDecoderConfig, vocab_size: int) -> dict[str, np.ndarray]:
@@ -118,8 +118,7 @@ def from_lmobj(params: Mapping[str, Any], config: EncoderDecoderConfig, vocab_si
     Raises:
       UserError: settings that T5 does not have, or parameters that are not the model's.
     """
-    _check(config)
-    return write(_table(config), params, config, vocab_size)
+    return write(table_of(config), params, config, vocab_size)
 
 
 def load(folder: str | os.PathLike[str], *, ignore: Sequence[str] = (), **settings: Any) -> Checkpoint:
@@ -152,7 +151,13 @@ def save(
     _files.write_folder(folder, config_to_hf(config, vocab), from_lmobj(params, config, vocab.size))
 
 
-def _table(config: EncoderDecoderConfig) -> tuple[Name, ...]:
+def table_of(config: EncoderDecoderConfig) -> tuple[Name, ...]:
+    """The names of every tensor of a model with these settings.
+
+    Raises:
+      UserError: settings that T5 does not have.
+    """
+    _check(config)
     output = () if config.tie_embeddings else (Name("lm_head.weight", "head/table", vocab=True),)
     embedding = Name("shared.weight", "tokens/table", vocab=True)
     return (embedding, *_side(config, "encoder"), *_side(config, "decoder"), *output)

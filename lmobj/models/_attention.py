@@ -21,13 +21,13 @@ from lmobj.models._layers import GATED, Activation, Init, Linear, apply_rotary, 
 from lmobj.models._moe import MoEConfig
 from lmobj.models._protocol import RowUse
 
-__all__ = ["Attention", "BlockSpec", "Call", "Cross", "CrossAttention", "KVCache", "NormName", "Remat"]
+__all__ = ["Attention", "BlockSpec", "Call", "Cross", "CrossAttention", "KVCache", "NormName", "Remat", "Seen"]
 
 Remat = Literal["none", "dots", "block", "offload"]
 NormName = Literal["layernorm", "rmsnorm"]
 
-CROSS_ATTENTION = 5
-"""Dropout site of the probabilities of attention over an encoder; see `_block` for the others."""
+OWN_ATTENTION, CROSS_ATTENTION = 0, 5
+"""Dropout sites of the probabilities of attention over a row itself and over an encoder; `_block` has the others."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,17 @@ class Call(NamedTuple):
     cross: Cross | None = None
 
 
+class Seen(NamedTuple):
+    """What the queries of one attention call are held against."""
+
+    keys: Float[Array, "B S G Dh"]
+    values: Float[Array, "B S G Dh"]
+    mask: AttentionMask
+    bias: Float[Array, "B_or_1 H Q S"] | None = None
+
+
 class MultiHead(nnx.Module):
-    """The linear maps of attention with H query heads over G key and value heads."""
+    """Attention with H query heads over G key and value heads, whatever the keys are made of."""
 
     def __init__(self, spec: BlockSpec, *, init: Init, out_init: Init, rngs: nnx.Rngs) -> None:
         def heads_of(count: int, init: Init = init) -> Linear:
@@ -172,6 +181,31 @@ class MultiHead(nnx.Module):
         """What a linear map puts out, head by head."""
         return x.reshape(*x.shape[:2], -1, self.spec.head_dim)
 
+    def extended(self, seen: Seen) -> Seen:
+        """What the queries see: no more than there is. Adapters put keys and values of their own before it."""
+        return seen
+
+    def attend(
+        self, q: Float[Array, "B Q H Dh"], seen: Seen, call: Call, layer: Int[Array, ""], *, cached: bool, site: int
+    ) -> Float[Array, "B Q D"]:
+        """What the queries find. Kernels work on blocks of queries, and with a cache there are one or a few."""
+        spec, seen = self.spec, self.extended(seen)
+        y = attention(
+            q,
+            seen.keys,
+            seen.values,
+            seen.mask,
+            backend="xla" if cached else spec.attention_backend,
+            scale=spec.attention_scale,
+            bias=seen.bias,
+            soft_cap=spec.attention_soft_cap,
+            dropout_rate=spec.attention_dropout,
+            dropout_seeds=call.dropout,
+            layer=layer,
+            site=site,
+        )
+        return self.out(y.reshape(*q.shape[:2], -1))
+
 
 class Attention(MultiHead):
     """Attention of rows over themselves."""
@@ -180,36 +214,14 @@ class Attention(MultiHead):
         self, x: Float[Array, "B L D"], layer: Int[Array, ""], call: Call, cache: KVCache | None
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         """Attention of x over itself, or over the cache with x added to it."""
-        spec = self.spec
         q, k, v = (self.by_heads(project(x)) for project in (self.query, self.key, self.value))
         if call.rotary is not None:
             q, k = apply_rotary(q, call.rotary), apply_rotary(k, call.rotary)
-        backend = spec.attention_backend
         if cache is not None:
             cache = cache.write(layer, call.positions, k, v)
             k, v = cache.read(layer)
-            backend = "xla"  # kernels work on blocks of queries, and here are one or a few
-        k, v, mask = self.seen(k, v, call.mask)
-        y = attention(
-            q,
-            k,
-            v,
-            mask,
-            backend=backend,
-            scale=spec.attention_scale,
-            bias=call.bias,
-            soft_cap=spec.attention_soft_cap,
-            dropout_rate=spec.attention_dropout,
-            dropout_seeds=call.dropout,
-            layer=layer,
-        )
-        return self.out(y.reshape(*x.shape[:2], -1)), cache
-
-    def seen(
-        self, k: Float[Array, "B S G Dh"], v: Float[Array, "B S G Dh"], mask: AttentionMask
-    ) -> tuple[Float[Array, "B K G Dh"], Float[Array, "B K G Dh"], AttentionMask]:
-        """What the queries are held against: keys and values as they are. Adapters put their own before them."""
-        return k, v, mask
+        seen = Seen(k, v, call.mask, call.bias)
+        return self.attend(q, seen, call, layer, cached=cache is not None, site=OWN_ATTENTION), cache
 
 
 class CrossAttention(MultiHead):
@@ -221,24 +233,12 @@ class CrossAttention(MultiHead):
 
     def __call__(self, x: Float[Array, "B T D"], layer: Int[Array, ""], call: Call) -> Float[Array, "B T D"]:
         """Attention of x over what `call.cross` holds."""
-        spec, cross = self.spec, call.cross
+        cross = call.cross
         assert cross is not None
         if cross.cache is not None:
             k, v = cross.cache.read(layer)
         else:
             assert cross.encoded is not None
             k, v = self.keys(cross.encoded)
-        y = attention(
-            self.by_heads(self.query(x)),
-            k,
-            v,
-            cross.mask,
-            backend=spec.attention_backend if cross.cache is None else "xla",
-            scale=spec.attention_scale,
-            soft_cap=spec.attention_soft_cap,
-            dropout_rate=spec.attention_dropout,
-            dropout_seeds=call.dropout,
-            layer=layer,
-            site=CROSS_ATTENTION,
-        )
-        return self.out(y.reshape(*x.shape[:2], -1))
+        seen, cached = Seen(k, v, cross.mask), cross.cache is not None
+        return self.attend(self.by_heads(self.query(x)), seen, call, layer, cached=cached, site=CROSS_ATTENTION)

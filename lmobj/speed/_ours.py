@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig
 from lmobj.train import memory
 from lmobj.train.assemble import Design
 from lmobj.train.plan import make_plan
@@ -59,9 +58,7 @@ class Ours:
             self._compiled = plan.compiled
             self._state = design.initial_state()
             self._batches = [design.on_devices(batch) for batch in batches]
-        model = design.builder
-        known = isinstance(model, DecoderConfig | ElectraConfig | EncoderConfig)
-        self.attention = model.attention_backend if known else "xla"  # type: ignore[attr-defined]
+        self.attention: str = getattr(design.builder, "attention_backend", "xla")
         self._done = 0
 
     def weights(self) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 depth of what is above the layers   0          heads, and norms after the last layer
 depth of layer l of N (from 1)      N + 1 - l
 depth of the embeddings             N + 1
+
+The two stacks of an encoder-decoder are counted side by side, each from its own top, because every layer of the decoder
+reads the encoder's last; embeddings lie below the higher of them.
 """
 
 from __future__ import annotations
@@ -21,8 +24,13 @@ __all__ = ["Depth", "by_depth", "deepest"]
 Depth = int | Int[Array, "..."]
 """Of one parameter; of stacked layers an array along the first axis, its other axes of size 1."""
 
-_BELOW = ("embeddings", "tokens", "positions", "token_types", "query_start", "projection")
-"""Names of what the first layer reads."""
+_BELOW = (
+    "embeddings", "tokens", "positions", "relative", "embedding_norm", "token_types", "query_start", "projection",
+)  # fmt: skip
+"""Names of what the first layer reads, and of the positions that all layers of a stack share."""
+
+_PAIRED = ("encoder", "decoder", "generator", "discriminator")
+"""Names of the parts of a model of two stacks, in which are such names."""
 
 
 def by_depth(function: Callable[[Any, Depth], Any], tree: Any, logical_axes: Mapping[str, Any]) -> Any:
@@ -49,5 +57,5 @@ def _depths(tree: Any, logical_axes: Mapping[str, Any]) -> list[Depth]:
 def _depth(parameter: Parameter, x: Any, layers: int) -> Depth:
     if parameter.stacked:  # counted from the top, where the lowest may be frozen apart
         return jnp.arange(x.shape[0], 0, -1).reshape(-1, *(1,) * (len(x.shape) - 1))
-    below = any(name in _BELOW for name in parameter.path[1:2])  # path: the role, then the names of modules
-    return layers + 1 if below else 0
+    names = [name for name in parameter.path[1:3] if name not in _PAIRED]  # path: the role, then names of modules
+    return layers + 1 if names and names[0] in _BELOW else 0

@@ -15,7 +15,8 @@ utilisation (MFU). What deviates from it:
 - tables that are looked up are no products, and the vocabulary head counts where it runs, for masked LM on the masked
   positions;
 - every family and objective says what it runs (`CountsProducts`, `Objective.use`): both of ELECTRA's models, XLNet's
-  second stream and memory, the experts that work on a token, shared layers once for each layer.
+  second stream and memory, an encoder and a decoder each on its own row, the experts that work on a token, shared
+  layers once for each layer.
 
 As there, recomputation counts for nothing, and so do elementwise operations. Heads that objectives put on a model's
 hidden states are left out, which are small.

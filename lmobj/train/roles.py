@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 from lmobj import adapt
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import HeadedModel, ModelBuilder
+from lmobj.models import HeadStyle, ModelBuilder
 from lmobj.objectives import Objective, Role
 
 __all__ = ["HEADS", "build_models", "built_roles"]
@@ -65,10 +65,11 @@ def _fresh(
     model = builder.build(vocab, nnx.Rngs(params=key))
     if HEADS not in roles:
         return {roles[0]: model}
-    if not isinstance(model, HeadedModel):
+    style: HeadStyle | None = getattr(model, "head_style", None)
+    if style is None:
         raise UserError(
             f"objective is {type(objective).__name__}, which puts heads on the model, and {type(model).__name__} does "
             "not say what they should look like; give it a property head_style that returns a lmobj.models.HeadStyle."
         )
-    heads = objective.build_heads(model.head_style, vocab, nnx.Rngs(params=jax.random.fold_in(key, 1)))
+    heads = objective.build_heads(style, vocab, nnx.Rngs(params=jax.random.fold_in(key, 1)))
     return {roles[0]: model, HEADS: heads}

@@ -17,12 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int, UInt32
 from numpy.typing import NDArray
 
+from lmobj import masks
 from lmobj.batch import RowSpec
 from lmobj.data import JsonLines, SeparatedValues, open_corpus, progress_bar, text_rows
 from lmobj.errors import UserError
 from lmobj.evaluate import score_numbers, score_similarity, word_overlap
+from lmobj.masks import AttentionMask
+from lmobj.models import EncoderDecoderModel
 from lmobj.objectives import BiEncoder, Context, InBatchContrastive, Mixture, Objective, Pooling, member_models
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.trained import TrainedRun
@@ -105,7 +109,7 @@ def text_vectors(
     """[N, D] the vectors of texts, each read by itself and cut to the row that the run read.
 
     A run of matching or of SimCSE gives those that it trained. Of other runs they are hidden states, between [CLS] and
-    [SEP] where the vocabulary has both and the model sees both sides.
+    [SEP] where the vocabulary has both and the model sees both sides; of an encoder-decoder its encoder's.
 
     Args:
       trained: the run.
@@ -165,8 +169,31 @@ def _models(trained: TrainedRun, name: str | None) -> dict[str, Any]:
     run, params = trained.assembly, trained.assembly.gathered(trained.state)
     models = {role: nnx.merge(graph, params[role]) for role, graph in run.program.graphs.items()}
     if name is None:
-        return {"model": models["model"]}
+        model = models["model"]
+        return {"model": _EncoderAlone(model) if isinstance(model, EncoderDecoderModel) else model}
     return dict(member_models(models, name)) if name else models
+
+
+class _EncoderAlone(nnx.Module):
+    """The encoder of an encoder-decoder as a model that reads rows, whose tokens see both sides of their document."""
+
+    def __init__(self, model: EncoderDecoderModel) -> None:
+        self.model = model
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B L"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B L"] | None = None,
+        token_types: Int[Array, "B L"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """As `LanguageModel.hidden`; an encoder has no token types."""
+        assert token_types is None
+        assert mask.segment_ids is not None
+        whole = masks.bidirectional().packed(mask.segment_ids)
+        return self.model.encode(tokens, mask=whole, positions=positions, dropout=dropout)
 
 
 def _row_spec(trained: TrainedRun, reader: BiEncoder, trained_it: bool) -> RowSpec:

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmobj.errors import UserError
-from lmobj.evaluate import SamplingConfig, continue_text, fill_masks, fill_text, masked_tokens
+from lmobj.evaluate import (
+    SamplingConfig,
+    check_reads_rows,
+    continue_text,
+    fill_masks,
+    fill_text,
+    masked_tokens,
+)
 from lmobj.models import CachedModel
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
@@ -49,6 +56,7 @@ def check_samples(run: Assembly) -> None:
                 raise UserError("it is empty; accepted: a text of at least one character.")
             model.init_cache(1, length + 1)
         else:
+            check_reads_rows(model)
             tokens, where = masked_tokens(tokenizer, prompt)
             fill_masks(model, jnp.asarray(tokens), jnp.asarray(where), k=1)
 

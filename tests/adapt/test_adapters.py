@@ -38,6 +38,8 @@ OTHERS = {
     "albert": ["lora", "prefix"],
     "electra": ["lora", "prompt", "freeze"],
     "xlnet": ["dora", "ia3", "pfeiffer", "bitfit"],
+    "t5": ["lora", "dora", "adalora", "ia3", "houlsby", "pfeiffer", "prefix", "prompt", "freeze"],
+    "bart": ["lora", "houlsby", "prefix", "prompt", "bitfit", "freeze"],
 }
 """What is new in a family, of all that it has a place for."""
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from lmobj import adapt, masks
 from lmobj.batch import Vocabulary
-from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, XLNetConfig
+from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, EncoderDecoderConfig, XLNetConfig
 
 VOCAB = Vocabulary(20)
 ROWS, LENGTH = 2, 5
@@ -30,6 +30,32 @@ CONFIGS: dict[str, Any] = {
     "albert": EncoderConfig(layers=2, max_length=8, share_layers=True, embedding_width=4, **_SIZE),
     "electra": ElectraConfig(layers=2, max_length=8, generator_fraction=0.5, **_SIZE),
     "xlnet": XLNetConfig(layers=2, segments=False, query_stream=False, **_SIZE),
+    "t5": EncoderDecoderConfig(
+        layers=3,
+        decoder_layers=2,
+        max_length=8,
+        head_width=4,
+        relative_buckets=4,
+        relative_distance=3,
+        tie_embeddings=True,
+        dropout=0.2,
+        **_SIZE,
+    ),
+    "bart": EncoderDecoderConfig(
+        layers=2,
+        max_length=8,
+        head_width=None,
+        positions="learned",
+        norm="layernorm",
+        pre_norm=False,
+        embedding_norm=True,
+        activation="gelu_exact",
+        bias=True,
+        tie_embeddings=True,
+        output_bias=True,
+        scale_attention=True,
+        **_SIZE,
+    ),
 }
 
 METHODS: dict[str, adapt.AdapterConfig] = {
@@ -74,18 +100,27 @@ def tokens() -> Any:
 
 def mask_of(model: Any) -> masks.AttentionMask:
     """The mask that a family is used with."""
-    return masks.causal() if model.config.name == "decoder" else masks.bidirectional()
+    return masks.causal() if "decoder" in model.config.name else masks.bidirectional()
 
 
 def hidden(model: Any, mask: masks.AttentionMask | None = None, dropout: Any = None, of: Any = None) -> np.ndarray:
-    """`model.hidden`, compiled once for each graph."""
+    """`states`, compiled once for each graph."""
     mask = mask_of(model) if mask is None else mask
     return np.asarray(_hidden(*nnx.split(model), tokens() if of is None else of, mask, dropout))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(graph: Any, params: Any, tokens: Any, mask: Any, dropout: Any) -> Any:
-    return nnx.merge(graph, params).hidden(tokens, mask=mask, dropout=dropout)
+    return states(nnx.merge(graph, params), tokens, mask, dropout)
+
+
+def states(model: Any, tokens: Any, mask: masks.AttentionMask, dropout: Any = None) -> Any:
+    """`model.hidden`; of an encoder-decoder its decoder's states, where the encoder reads the same rows whole."""
+    if hasattr(model, "hidden"):
+        return model.hidden(tokens, mask=mask, dropout=dropout)
+    whole = masks.bidirectional().packed(mask.segment_ids)
+    encoded = model.encode(tokens, mask=whole, dropout=dropout)
+    return model.decode(tokens, encoded, mask=mask, cross_mask=whole, dropout=dropout)
 
 
 def forget() -> None:

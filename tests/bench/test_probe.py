@@ -37,7 +37,7 @@ from lmobj.bench._probe import NotFinite, _features
 from lmobj.bench._results import table
 from lmobj.data import text_rows
 from lmobj.errors import UserError
-from lmobj.models import EncoderConfig
+from lmobj.models import EncoderConfig, EncoderDecoderConfig
 from lmobj.objectives import (
     CausalLM,
     MaskedLM,
@@ -60,6 +60,7 @@ class Letters:
 
 _LETTERS: Any = Letters()
 _PACKED = RowSpec("packed", 16, prefix=(_CLS,), suffix=(_SEP,))
+_PAIRS = RowSpec("pairs", 16, prefix=(_CLS,), suffix=(_SEP,))
 _XLNET = RowSpec("stream_pairs", 16, suffix=(_SEP, _CLS), reuse=4)
 
 
@@ -136,6 +137,18 @@ def test_features_are_those_of_each_text_alone(encoder: Any, features: Any) -> N
         hidden = encoder.hidden(tokens, mask=masks.bidirectional())[0]
         expected = {"mean": hidden.mean(0), "first": hidden[0], "last": hidden[-1]}[features]
         np.testing.assert_allclose(feature, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_of_an_encoder_decoder_the_encoder_is_probed(causal: bool) -> None:
+    """It sees both sides whichever way the decoder looks, and there are no token types in it."""
+    config = EncoderDecoderConfig(layers=1, width=8, heads=2, max_length=32)
+    model = config.build(Vocabulary(40, cls=_CLS, sep=_SEP), nnx.Rngs(0))
+    rows = _rows("abc", "abcdefgh")
+    found = _features(model, rows, Reading(_LETTERS, _PAIRS, causal), "mean", batch_size=2)
+    for tokens, segments, feature in zip(rows.tokens, rows.segments, found, strict=True):
+        encoded = model.encode(jnp.asarray(tokens[None, : segments.sum()]), mask=masks.bidirectional())[0]
+        np.testing.assert_allclose(feature, encoded.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_text_is_read_in_the_direction_of_training(encoder: Any) -> None:

@@ -10,8 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lmobj import masks
 from lmobj.batch import Vocabulary
-from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, GRUConfig, ModelConfig, XLNetConfig
+from lmobj.masks import AttentionMask
+from lmobj.models import (
+    DecoderConfig,
+    ElectraConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    GRUConfig,
+    ModelConfig,
+    XLNetConfig,
+)
 
 VOCAB = Vocabulary(30)
 DROPOUT = {"dropout": 0.3, "embedding_dropout": 0.2}
@@ -51,8 +61,36 @@ CONFIGS: dict[str, ModelConfig] = {
         init_std=0.3,
     ),
     "gru": GRUConfig(layers=2, width=16, vocab_multiple=8, init_range=1.0, **DROPOUT),
+    "t5": EncoderDecoderConfig(
+        **SIZE,
+        **DROPOUT,
+        attention_dropout=0.2,
+        head_width=8,
+        mlp_width=32,
+        relative_buckets=8,
+        relative_distance=6,
+        scale_output=True,
+    ),
+    "bart": EncoderDecoderConfig(
+        **SIZE,
+        **DROPOUT,
+        attention_dropout=0.2,
+        head_width=None,
+        mlp_width=None,
+        positions="learned",
+        norm="layernorm",
+        pre_norm=False,
+        embedding_norm=True,
+        activation="gelu_exact",
+        bias=True,
+        tie_embeddings=True,
+        output_bias=True,
+        scale_attention=True,
+    ),
 }
-CAUSAL = ["gpt2", "llama", "gru"]
+DECODERS = ["gpt2", "llama", "gru"]
+CAUSAL = [*DECODERS, "t5", "bart"]
+"""Families whose tokens see those before them, of an encoder-decoder the decoder's."""
 HEADLESS = ["electra"]
 """Families whose `hidden` has no vocabulary head."""
 
@@ -61,21 +99,35 @@ SEEDS = jnp.asarray([7, 8, 9], jnp.uint32)
 
 @functools.cache
 def build(config: ModelConfig) -> tuple[Any, Any]:
-    """(graphdef, parameters as a pure dict). Values are NumPy's, so that nothing is compiled; scales are around 1."""
+    """(graphdef, parameters as a pure dict). Values are NumPy's, so that nothing is compiled; scales are around 1.
+
+    Where attention logits are not divided by the root of the heads' width, the maps to queries are, as at T5's start.
+    """
     graphdef, shapes = nnx.split(jax.eval_shape(lambda: config.build(VOCAB, nnx.Rngs(0))))
     generator = np.random.default_rng(0)
+    of_queries = 1.0 if getattr(config, "scale_attention", True) else float(config.head_width) ** -0.5
 
     def values(path: Any, shape: Any) -> Any:
-        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(generator.normal(mean, 0.3, shape.shape), shape.dtype)
+        leaf = jax.tree_util.keystr(path)
+        mean, std = 1.0 if "scale" in leaf else 0.0, 0.3 * (of_queries if "query" in leaf else 1.0)
+        return jnp.asarray(generator.normal(mean, std, shape.shape), shape.dtype)
 
     return graphdef, jax.tree_util.tree_map_with_path(values, nnx.to_pure_dict(shapes))
 
 
+def states(model: Any, tokens: Any, *, mask: AttentionMask, **options: Any) -> Any:
+    """`model.hidden`; of an encoder-decoder its decoder's states, where the encoder reads the same documents whole."""
+    if hasattr(model, "hidden"):
+        return model.hidden(tokens, mask=mask, **options)
+    whole = masks.bidirectional().packed(mask.segment_ids)
+    encoded = model.encode(tokens, mask=whole, **options)
+    return model.decode(tokens, encoded, mask=mask, cross_mask=whole, **options)
+
+
 @functools.partial(jax.jit, static_argnames="graphdef")
 def hidden(graphdef: Any, params: Any, tokens: Any, **options: Any) -> Any:
-    """`model.hidden`, compiled once per family and shape."""
-    return nnx.merge(graphdef, params).hidden(tokens, **options)
+    """`states`, compiled once per family and shape."""
+    return states(nnx.merge(graphdef, params), tokens, **options)
 
 
 def random_tokens(rows: int, length: int) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CAUSAL, CONFIGS, VOCAB, build, hidden, random_tokens
+from families import CONFIGS, DECODERS, VOCAB, build, hidden, random_tokens
 from flax import nnx
 
 from lmobj import masks
@@ -20,7 +20,7 @@ from lmobj.models._layers import apply_rotary, rotary_angles
 
 WINDOWED = dataclasses.replace(CONFIGS["llama"], window=3)
 GPT = dataclasses.replace(CONFIGS["gpt2"], pre_norm=False, residual_init="plain")
-CACHED = {**{name: CONFIGS[name] for name in CAUSAL}, "windowed": WINDOWED, "gpt": GPT}
+CACHED = {**{name: CONFIGS[name] for name in DECODERS}, "windowed": WINDOWED, "gpt": GPT}
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -48,7 +48,7 @@ def test_cached_steps_equal_the_full_forward(name: str) -> None:
                 np.testing.assert_allclose(out[row, 0], full[row, prompts[row] + t], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", DECODERS)
 def test_padding_is_not_cached(name: str) -> None:
     """A prompt that fills the cache, in a prefill padded beyond it: written padding would take the last slot."""
     graphdef, params = build(CONFIGS[name])
@@ -63,7 +63,7 @@ def test_padding_is_not_cached(name: str) -> None:
         assert not np.any(cache.keys[0, :, 3:])
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", DECODERS)
 def test_cache_has_rows_first(name: str) -> None:
     model = CONFIGS[name].build(VOCAB, nnx.Rngs(0))
     assert all(x.shape[:2] == (5, 2) for x in jax.tree.leaves(model.init_cache(5, 8)))

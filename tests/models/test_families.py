@@ -12,12 +12,12 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CAUSAL, CONFIGS, HEADLESS, SEEDS, VOCAB, build, hidden, random_tokens
+from families import CAUSAL, CONFIGS, HEADLESS, SEEDS, VOCAB, build, hidden, random_tokens, states
 from flax import nnx
 
 from lmobj import masks, partition
 from lmobj.masks import AttentionMask
-from lmobj.models import DecoderConfig, EncoderConfig, GRUConfig, HeadedModel, ModelConfig
+from lmobj.models import DecoderConfig, EncoderConfig, EncoderDecoderModel, GRUConfig, HeadedModel, ModelConfig
 
 L = 10
 EVERY = list(CONFIGS)
@@ -37,12 +37,12 @@ def in_float64(config: ModelConfig) -> ModelConfig:
 def test_shapes_and_protocol(name: str) -> None:
     graphdef, params = build(CONFIGS[name])
     model = nnx.merge(graphdef, params)
-    assert isinstance(model, HeadedModel)
-    states = hidden(graphdef, params, random_tokens(3, L), mask=natural_mask(name))
+    assert isinstance(model, HeadedModel) != isinstance(model, EncoderDecoderModel)
+    found = hidden(graphdef, params, random_tokens(3, L), mask=natural_mask(name))
     head = model.head_table()
     table_width = 8 if name == "albert" else 16
-    assert states.shape == (3, L, 16)
-    assert model.head_hidden(states).shape == (3, L, table_width)
+    assert found.shape == (3, L, 16)
+    assert model.head_hidden(found).shape == (3, L, table_width)
     assert head.table.shape == (32, table_width)  # 30 tokens padded up to a multiple of 8
     assert model.head_style.width == 16
     assert model.head_style.param_dtype == jnp.float32
@@ -138,17 +138,17 @@ def test_padding_and_batch_split_change_nothing_with_dropout_on(name: str) -> No
         graphdef, params = build(in_float64(CONFIGS[name]))
         tokens = random_tokens(3, 8)
 
-        def states(rows: slice, padding: int, seeds: Any = SEEDS) -> Any:
+        def of(rows: slice, padding: int, seeds: Any = SEEDS) -> Any:
             row_tokens, segments = (jnp.pad(x[rows], ((0, 0), (0, padding))) for x in (tokens, jnp.ones_like(tokens)))
             mask = natural_mask(name).packed(segments)
             return hidden(graphdef, params, row_tokens, mask=mask, dropout=seeds[rows])[:, :8]
 
-        whole = states(slice(None), 0)
-        np.testing.assert_allclose(states(slice(None), 4), whole, rtol=0, atol=1e-12)
-        np.testing.assert_allclose(states(slice(1, 3), 0), whole[1:], rtol=0, atol=1e-12)
+        whole = of(slice(None), 0)
+        np.testing.assert_allclose(of(slice(None), 4), whole, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(of(slice(1, 3), 0), whole[1:], rtol=0, atol=1e-12)
         off = hidden(graphdef, params, tokens, mask=natural_mask(name))
         assert float(jnp.abs(whole - off).max()) > 0.1, "dropout is off"
-        assert float(jnp.abs(whole - states(slice(None), 0, SEEDS + 1)).max()) > 0.1, "the seed is not read"
+        assert float(jnp.abs(whole - of(slice(None), 0, SEEDS + 1)).max()) > 0.1, "the seed is not read"
 
 
 def dtypes_inside(jaxpr: Any) -> Iterator[tuple[str, Any]]:
@@ -166,9 +166,9 @@ def gradient_jaxpr(config: ModelConfig, name: str) -> Any:
 
     def loss(params: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        states = model.hidden(tokens, mask=natural_mask(name).packed(jnp.ones_like(tokens)), dropout=SEEDS)
+        found = states(model, tokens, mask=natural_mask(name).packed(jnp.ones_like(tokens)), dropout=SEEDS)
         head = model.head_table()
-        logits = model.head_hidden(states) @ head.table.astype(states.dtype).T
+        logits = model.head_hidden(found) @ head.table.astype(found.dtype).T
         return jnp.sum(jnp.square(logits))
 
     return jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr
@@ -188,15 +188,15 @@ def test_bfloat16_products_and_float32_parameters(name: str) -> None:
     config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
     graphdef, params = build(config)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    states = hidden(graphdef, params, random_tokens(3, L), mask=natural_mask(name), dropout=SEEDS)
-    assert states.dtype == jnp.bfloat16
-    assert bool(jnp.isfinite(states).all())
+    found = hidden(graphdef, params, random_tokens(3, L), mask=natural_mask(name), dropout=SEEDS)
+    assert found.dtype == jnp.bfloat16
+    assert bool(jnp.isfinite(found).all())
     products = [t for op, t in dtypes_inside(gradient_jaxpr(config, name)) if op == "dot_general"]
     # Attention logits come out of their product in float32; every other product is bfloat16.
     assert products.count(jnp.bfloat16) > len(products) / 2
 
 
-@pytest.mark.parametrize("name", ["gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_remat_policies_agree(name: str) -> None:
     with jax.enable_x64(True):
         tokens = random_tokens(3, L)
@@ -242,9 +242,8 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
     def loss(params: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        states = model.hidden(tokens, mask=natural_mask(name))
         head = model.head_table()
-        logits = model.head_hidden(states) @ head.table.T
+        logits = model.head_hidden(states(model, tokens, mask=natural_mask(name))) @ head.table.T
         return jnp.sum(jnp.sin(logits if head.bias is None else logits + head.bias))
 
     gradients = jax.jit(jax.grad(loss))(params)
@@ -262,7 +261,7 @@ def test_the_program_does_not_grow_with_depth(name: str) -> None:
         graphdef, params = nnx.split(jax.eval_shape(lambda: config.build(VOCAB, nnx.Rngs(0))))
 
         def loss(params: Any, tokens: Any) -> Any:
-            return jnp.sum(nnx.merge(graphdef, params).hidden(tokens, mask=natural_mask(name), dropout=SEEDS))
+            return jnp.sum(states(nnx.merge(graphdef, params), tokens, mask=natural_mask(name), dropout=SEEDS))
 
         program = jax.jit(jax.grad(loss)).lower(params, random_tokens(3, L)).as_text()
         return len(re.findall(r"^\s+%\S+ = ", program, re.MULTILINE))
@@ -279,9 +278,8 @@ def test_builds_under_jit_with_the_same_values(name: str) -> None:
 
     eager, jitted = params_of(jax.random.key(3)), jax.jit(params_of)(jax.random.key(3))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), eager, jitted)
-    stacked = jax.tree.leaves(
-        {"gru": eager.get("layers"), "electra": eager.get("discriminator")}.get(name, eager.get("stack"))
-    )
+    stack = {"gru": "layers", "electra": "discriminator", "t5": "decoder", "bart": "decoder"}.get(name, "stack")
+    stacked = jax.tree.leaves(eager[stack].get("stack", eager[stack]))
     if name == "albert":
         assert {len(x) for x in stacked} == {1}
     else:
@@ -320,8 +318,8 @@ def test_impossible_settings_are_refused_by_name(make: Any, message: str) -> Non
         make()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
 def test_rows_beyond_max_length_are_refused(name: str) -> None:
     model = CONFIGS[name].build(VOCAB, nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"model\.max_length is 16 and rows have 17 tokens"):
-        model.hidden(random_tokens(1, 17), mask=natural_mask(name))
+        states(model, random_tokens(1, 17), mask=natural_mask(name))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from families import CAUSAL, CONFIGS
+from families import CAUSAL, CONFIGS, states
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -26,7 +26,7 @@ def test_devices_never_gather_each_others_rows(name: str) -> None:
 
     def loss(params: Any, tokens: Any, segments: Any, seeds: Any) -> Any:
         mask = (masks.causal() if name in CAUSAL else masks.bidirectional()).packed(segments)
-        return jnp.sum(jnp.sin(nnx.merge(graphdef, params).hidden(tokens, mask=mask, dropout=seeds)))
+        return jnp.sum(jnp.sin(states(nnx.merge(graphdef, params), tokens, mask=mask, dropout=seeds)))
 
     def placed(shape: Any, axes: tuple[str | None, ...]) -> Any:
         sharding = NamedSharding(mesh, partition.spec(axes, partition.DEFAULT_RULES, rank=shape.ndim))

@@ -14,7 +14,15 @@ from flax import nnx
 from lmobj import adapt
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, GRUConfig, ModelBuilder, XLNetConfig
+from lmobj.models import (
+    DecoderConfig,
+    ElectraConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    GRUConfig,
+    ModelBuilder,
+    XLNetConfig,
+)
 from lmobj.train import FitResult, TrainConfig
 from lmobj.train.assemble import assemble
 from lmobj.train.layer_decay import decayed_by_layer
@@ -26,9 +34,15 @@ FAMILIES = [
     DecoderConfig(**SIZES, tie_embeddings=False),
     EncoderConfig(**SIZES),
     XLNetConfig(**SIZES),
-    ElectraConfig(**SIZES, generator_fraction=0.5, generator_heads=1),
+    ElectraConfig(**SIZES, generator_fraction=0.5, generator_heads=1, embedding_width=4),
     GRUConfig(layers=3, width=8),
+    EncoderDecoderConfig(**SIZES),
+    EncoderDecoderConfig(**SIZES, positions="learned", pre_norm=False, embedding_norm=True),
 ]
+WORDS_BELOW = (
+    "tokens", "positions", "relative", "embedding_norm", "embeddings", "token_types", "query_start", "projection",
+)  # fmt: skip
+"""In the names of what the first layer reads."""
 # Three layers at a decay of 1/2: 1/8, 1/4, 1/2 from the lowest up, embeddings 1/16, and 1 for what is above.
 LAYERS, BELOW, ABOVE = [0.125, 0.25, 0.5], 0.0625, 1.0
 
@@ -46,13 +60,24 @@ def test_every_parameter_has_its_depths_factor(family: ModelBuilder) -> None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if "stack/" in name or "layers/" in name:
             expected, kind = np.reshape(LAYERS, (3, *(1,) * (x.ndim - 1))), "layers"
-        elif any(word in name for word in ("tokens", "positions", "embeddings", "token_types", "query_start")):
+        elif any(word in name for word in WORDS_BELOW):
             expected, kind = BELOW, "below"
         else:
             expected, kind = ABOVE, "above"
         np.testing.assert_array_equal(x, np.broadcast_to(expected, x.shape), err_msg=name)
         seen.add(kind)
     assert seen == {"layers", "below", "above"}
+
+
+def test_a_decoder_of_fewer_layers_is_counted_from_its_own_top() -> None:
+    family = EncoderDecoderConfig(**SIZES, decoder_layers=2)
+    model = nnx.eval_shape(lambda: family.build(VOCAB, nnx.Rngs(0)))
+    ones = {"model": jax.tree.map(lambda x: np.ones(x.shape, np.float32), nnx.to_pure_dict(nnx.state(model)))}
+    optimizer = decayed_by_layer(optax.identity(), 0.5, logical_axes({"model": model}))
+    scaled = optimizer.update(ones, optimizer.init(ones), ones)[0]["model"]
+    for side, factors in (("encoder", LAYERS), ("decoder", [0.25, 0.5])):
+        np.testing.assert_array_equal(scaled[side]["stack"]["blocks"]["mlp"]["up"]["kernel"][:, 0, 0], factors)
+        assert scaled[side]["relative"]["table"]["table"][0, 0] == BELOW
 
 
 def test_layers_that_are_frozen_apart_change_nothing_above_them() -> None:

@@ -18,7 +18,7 @@ from lmobj.cli._evaluating import check_options
 from lmobj.data import SentencePieceConfig, Tokenizer
 from lmobj.data._tokenizer import train_tokenizer
 from lmobj.errors import UserError
-from lmobj.models import EncoderConfig
+from lmobj.models import EncoderConfig, EncoderDecoderConfig
 from lmobj.objectives import CausalLM, InBatchContrastive, MaskedLM, Member, Mixture, Objective, SimCSE
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.similarity import evaluate_similarity, text_vectors
@@ -93,6 +93,20 @@ def test_vectors_are_those_that_a_run_trained(tokenizer: Tokenizer, model: Any) 
     (kernel,) = [x for x in run.assembly.gathered(None)["heads"]["members"]["a"]["dense"].values() if np.ndim(x) == 2]
     expected = unit(np.tanh(np.stack([x[0] for x in alone]) @ np.asarray(kernel)))
     np.testing.assert_allclose(text_vectors(run, TEXTS, quiet=True), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [MaskedLM(), CausalLM()], ids=lambda objective: objective.name)
+def test_of_an_encoder_decoder_the_encoder_reads(tokenizer: Tokenizer, objective: Objective) -> None:
+    """Whichever way the decoder looks: it has no part in this, and the encoder's tokens see both sides."""
+    config = EncoderDecoderConfig(layers=1, width=8, heads=2, max_length=32, vocab_multiple=1)
+    model = config.build(tokenizer.vocabulary, nnx.Rngs(params=0))
+    vocab, expected = tokenizer.vocabulary, []
+    for text in TEXTS:
+        ends = [[], []] if objective.causal else [[vocab.cls], [vocab.sep]]
+        tokens = jnp.asarray([[*ends[0], *tokenizer.encode(text), *ends[1]]])
+        expected.append(np.asarray(model.encode(tokens, mask=masks.bidirectional())[0]).mean(0))
+    found = text_vectors(run_of(tokenizer, model, objective), TEXTS, quiet=True)
+    np.testing.assert_allclose(found, unit(np.stack(expected)), rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_are_read_and_scored(tokenizer: Tokenizer, model: Any, tmp_path: pathlib.Path) -> None:

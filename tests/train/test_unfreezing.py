@@ -15,7 +15,7 @@ import optax
 import pytest
 import tiny_runs
 from flax import nnx
-from test_layer_decay import FAMILIES, VOCAB
+from test_layer_decay import FAMILIES, VOCAB, WORDS_BELOW
 from tiny_runs import STEPS, experiment, metric_lines, stored_bits
 
 from lmobj import adapt
@@ -56,7 +56,7 @@ def check_order(family: ModelBuilder = FAMILIES[1]) -> None:
         if "stack/" in name or "layers/" in name:
             np.testing.assert_array_equal(first, [6, 4, 2], err_msg=name)
             kinds.add("layers")
-        elif any(word in name for word in ("tokens", "positions", "embeddings", "token_types", "query_start")):
+        elif any(word in name for word in WORDS_BELOW):
             assert first == 8, name
             kinds.add("below")
         else:
