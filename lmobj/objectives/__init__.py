@@ -10,6 +10,7 @@ from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._mixture import Member, Mixture, member_models
 from lmobj.objectives._multi_label import MultiLabel
+from lmobj.objectives._multi_token import MultiTokenPrediction
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._objective import (
     Context,
@@ -55,6 +56,7 @@ __all__ = [
     "Mixture",
     "Models",
     "MultiLabel",
+    "MultiTokenPrediction",
     "MultipleChoice",
     "NextSentencePrediction",
     "Objective",

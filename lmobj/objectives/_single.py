@@ -9,6 +9,7 @@ from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._multi_label import MultiLabel
+from lmobj.objectives._multi_token import MultiTokenPrediction
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._regression import Regression
@@ -30,6 +31,7 @@ SingleObjective = (
     | MaskedDiffusion
     | MaskedLM
     | MultiLabel
+    | MultiTokenPrediction
     | MultipleChoice
     | NextSentencePrediction
     | PermutationLM

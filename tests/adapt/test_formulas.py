@@ -194,7 +194,7 @@ def test_a_prompt_of_one_vector() -> None:
     x, call = base._embed(tokens(), masks.causal(), None, None, None)
     prompt = jnp.broadcast_to(model.stack.prompt[...], (ROWS, 1, 8))
     longer = base.stack(jnp.concatenate([prompt, x], axis=1), call)
-    equal(hidden(model), base._finish(longer[:, 1:]))
+    equal(hidden(model), base.finish(longer[:, 1:]))
 
 
 def test_a_prompt_keeps_documents_apart() -> None:

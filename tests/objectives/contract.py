@@ -302,6 +302,12 @@ CASES: dict[str, Case] = {
     "masked_diffusion/truncated": Case(
         objectives.MaskedDiffusion(truncate_rate=0.5), {"model": ENCODER}, sees_later=True, variant=True
     ),
+    "multi_token_prediction": Case(
+        objectives.MultiTokenPrediction(tokens=3), {"model": DECODER}, packed=False  # each of its terms has weights
+    ),
+    "multi_token_prediction/sequential": Case(
+        objectives.MultiTokenPrediction(variant="sequential", tokens=3), {"model": DECODER}, packed=False
+    ),
     "span_boundary": Case(
         objectives.SpanBoundary(mask_rate=0.3, max_span=2, layout="packed"), {"model": ENCODER}, packed=False
     ),
