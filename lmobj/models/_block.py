@@ -198,8 +198,8 @@ class BlockStyle(NamedTuple):
         return Stack(self.spec, init=self.init, out_init=self.out_init, rngs=rngs)
 
     def further(self, count: int) -> BlockStyle:
-        """Of `count` more blocks, none with experts: in their place is a feed-forward part as wide as those that work on
-        a token together."""
+        """Of `count` more blocks, none with experts: a feed-forward part is in their place, as wide as those that work
+        on a token together."""
         spec, moe = self.spec, self.spec.moe
         width = spec.mlp_width * (1 if moe is None else moe.experts_per_token)
         more = dataclasses.replace(spec, layers=count, mlp_width=width, moe=None, share_layers=False)

@@ -224,9 +224,7 @@ class Decoder(Transformer):
     def head_style(self) -> HeadStyle:
         """What heads on the hidden states take over."""
         config, blocks = self.config, self.config._block_style()
-        return HeadStyle(
-            config.width, config.activation, config.norm_eps, blocks.init, self.spec.param_dtype, blocks
-        )
+        return HeadStyle(config.width, config.activation, config.norm_eps, blocks.init, self.spec.param_dtype, blocks)
 
     def block_states(
         self,

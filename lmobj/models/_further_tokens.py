@@ -14,7 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lmobj.models._block import HIDDEN_AXES, Block, BlockStates, BlockStyle, Call, make_norm, rematerialised
-from lmobj.models._heads import HeadStyle
 from lmobj.models._layers import Linear, RMSNorm
 from lmobj.models._protocol import BlockModel
 from lmobj.partition import constrain
@@ -28,7 +27,7 @@ class ParallelHeads(nnx.Module):
     Gloeckle et al. 2024, section 2. The norm is the model's own, as in the code that was published with the paper.
     """
 
-    def __init__(self, style: HeadStyle, blocks: BlockStyle, count: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, blocks: BlockStyle, count: int, rngs: nnx.Rngs) -> None:
         self.stack = blocks.further(count).stack(rngs)
         self.stack.first = blocks.spec.layers  # dropout draws apart from the model's layers
 
@@ -43,9 +42,9 @@ class SequentialHeads(nnx.Module):
     DeepSeek-AI 2024, section 2.2. The first reads the model's final hidden states.
     """
 
-    def __init__(self, style: HeadStyle, blocks: BlockStyle, count: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, blocks: BlockStyle, count: int, rngs: nnx.Rngs) -> None:
         def head(key: Array) -> SequentialHead:
-            return SequentialHead(style, further, nnx.Rngs(params=key))
+            return SequentialHead(further, nnx.Rngs(params=key))
 
         further = blocks.further(count)
         self.spec = further.spec
@@ -58,7 +57,7 @@ class SequentialHeads(nnx.Module):
 
         def body(carry: tuple[Array, Array], head: Any) -> tuple[tuple[Array, Array], Array]:
             hidden, tokens = carry
-            tokens = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1), (0, 0)))
+            tokens = _next(tokens)
             hidden = constrain(nnx.merge(graphdef, head[0])(hidden, tokens, head[1], states.call), HIDDEN_AXES)
             return (hidden, tokens), hidden
 
@@ -75,19 +74,25 @@ class SequentialHead(nnx.Module):
     beyond the row.
     """
 
-    def __init__(self, style: HeadStyle, blocks: BlockStyle, rngs: nnx.Rngs) -> None:
-        width, dtype = style.width, style.param_dtype
+    def __init__(self, blocks: BlockStyle, rngs: nnx.Rngs) -> None:
+        spec, init = blocks.spec, blocks.init
 
         def norm() -> RMSNorm:
-            return RMSNorm(width, eps=style.norm_eps, param_dtype=dtype)
+            return RMSNorm(spec.width, eps=spec.norm_eps, param_dtype=spec.param_dtype)
 
         self.hidden_norm = norm()
         self.token_norm = norm()
         self.join = Linear(
-            2 * width, width, axes=("embed", "embed"), init=style.init, bias=False, param_dtype=dtype, rngs=rngs
+            2 * spec.width,
+            spec.width,
+            axes=("embed", "embed"),
+            init=init,
+            bias=False,
+            param_dtype=spec.param_dtype,
+            rngs=rngs,
         )
-        self.block = Block(blocks.spec, init=blocks.init, out_init=blocks.out_init, rngs=rngs)
-        self.norm = None if blocks.spec.post_norm else make_norm(blocks.spec)
+        self.block = Block(spec, init=init, out_init=blocks.out_init, rngs=rngs)
+        self.norm = None if spec.post_norm else make_norm(spec)
 
     def __call__(
         self, hidden: Float[Array, "B L D"], tokens: Float[Array, "B L D"], layer: Int[Array, ""], call: Call
@@ -96,3 +101,8 @@ class SequentialHead(nnx.Module):
         joined = jnp.concatenate([self.hidden_norm(hidden), self.token_norm(tokens)], axis=-1)
         y = self.block(constrain(self.join(joined), HIDDEN_AXES), layer, call)[0]
         return y if self.norm is None else self.norm(y)
+
+
+def _next(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """x_{t+1} at t; zeros at the end."""
+    return jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0)))

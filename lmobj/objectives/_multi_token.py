@@ -108,7 +108,7 @@ class MultiTokenPrediction(Objective):
                 "that model.name gives cannot have; accepted: model.name=decoder."
             )
         heads = ParallelHeads if self.variant == "parallel" else SequentialHeads
-        return heads(style, style.blocks, len(self.further), rngs)
+        return heads(style.blocks, len(self.further), rngs)
 
     def use(self, length: int) -> RowUse:
         """Every position predicts each of the tokens, the further ones by blocks of their own."""
@@ -145,16 +145,14 @@ class MultiTokenPrediction(Objective):
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll` of the next token, by the model itself, and `nll_k` of the token k places ahead."""
         model = models["model"]
-        states = model.block_states(
-            example.inputs, mask=example.mask, positions=example.positions, dropout=ctx.dropout
-        )
-        terms = next_token_terms(model, states.hidden, example, label_smoothing=0.0, z_loss=0.0, carried=carried)
+        states = model.block_states(example.inputs, mask=example.mask, positions=example.positions, dropout=ctx.dropout)
+        main = next_token_terms(model, states.hidden, example, label_smoothing=0.0, z_loss=0.0, carried=carried)
+        sums, metrics = dict(main.sums), dict(main.metrics)
         heads = model.head_hidden(models["heads"](model, states))
         for k, hidden in zip(self.further, heads, strict=True):
             weights = example.extra[f"weights_{k}"]
             stats = head_stats(hidden, model.head_table(), example.extra[f"targets_{k}"])
             nll = losses.nll(stats)
-            terms.sums[f"nll_{k}"] = jnp.sum(nll * weights)
-            metrics = token_metrics(nll, weights, stats.correct)
-            terms.metrics.update({f"{name}_{k}": metric for name, metric in metrics.items()})
-        return terms
+            sums[f"nll_{k}"] = jnp.sum(nll * weights)
+            metrics |= {f"{name}_{k}": x for name, x in token_metrics(nll, weights, stats.correct).items()}
+        return Terms(sums, metrics, carried)

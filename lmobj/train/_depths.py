@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lmobj.train._parameters import Parameter, describer
+from lmobj.train.roles import HEADS
 
 __all__ = ["Depth", "by_depth", "deepest"]
 
@@ -42,12 +43,17 @@ def deepest(tree: Any, logical_axes: Mapping[str, Any]) -> int:
 def _depths(tree: Any, logical_axes: Mapping[str, Any]) -> list[Depth]:
     described = jax.tree.leaves(describer(logical_axes)(tree), is_leaf=lambda x: isinstance(x, Parameter))
     found = list(zip(jax.tree.leaves(tree), described, strict=True))
-    layers = max((x.shape[0] for x, parameter in found if parameter.stacked), default=0)
+    layers = max((x.shape[0] for x, parameter in found if _is_layer(parameter)), default=0)
     return [_depth(parameter, x, layers) for x, parameter in found]
 
 
 def _depth(parameter: Parameter, x: Any, layers: int) -> Depth:
-    if parameter.stacked:  # counted from the top, where the lowest may be frozen apart
+    if _is_layer(parameter):  # counted from the top, where the lowest may be frozen apart
         return jnp.arange(x.shape[0], 0, -1).reshape(-1, *(1,) * (len(x.shape) - 1))
     below = any(name in _BELOW for name in parameter.path[1:2])  # path: the role, then the names of modules
     return layers + 1 if below else 0
+
+
+def _is_layer(parameter: Parameter) -> bool:
+    """Whether it is of the model's layers; blocks of heads are heads."""
+    return bool(parameter.stacked) and parameter.path[0] != HEADS

@@ -303,7 +303,9 @@ CASES: dict[str, Case] = {
         objectives.MaskedDiffusion(truncate_rate=0.5), {"model": ENCODER}, sees_later=True, variant=True
     ),
     "multi_token_prediction": Case(
-        objectives.MultiTokenPrediction(tokens=3), {"model": DECODER}, packed=False  # each of its terms has weights
+        objectives.MultiTokenPrediction(tokens=3),
+        {"model": DECODER},
+        packed=False,  # each of its terms has weights
     ),
     "multi_token_prediction/sequential": Case(
         objectives.MultiTokenPrediction(variant="sequential", tokens=3), {"model": DECODER}, packed=False
