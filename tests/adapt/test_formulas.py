@@ -197,6 +197,22 @@ def test_a_prompt_of_one_vector() -> None:
     equal(hidden(model), base.finish(longer[:, 1:]))
 
 
+@pytest.mark.parametrize("config", [adapt.Freeze(layers=2), adapt.Prompt(length=2)], ids=lambda config: config.name)
+def test_the_last_blocks_input_of_adapted_stacks(config: adapt.AdapterConfig) -> None:
+    """Of three layers two are frozen, and the input of the third is what they put out."""
+    graph, params = nnx.split(moved(adapt.apply(model_of("decoder"), config, nnx.Rngs(params=0))))
+
+    @jax.jit
+    def both(params: Any) -> Any:
+        model = nnx.merge(graph, params)
+        states = model.block_states(tokens(), mask=masks.causal())
+        return (states.before_last, states.hidden), model.hidden_layers(tokens(), mask=masks.causal())
+
+    (before, after), layers = both(params)
+    equal(before, layers[-2])
+    equal(after, layers[-1])
+
+
 def test_a_prompt_keeps_documents_apart() -> None:
     """A packed row in both directions: each document as if it were alone, and both changed by the prompt."""
     base = model_of("encoder")
