@@ -107,10 +107,12 @@ class PartlyFrozenStack(Adapted, Stack):
         stack.blocks = nnx.merge(graphdef, joined)
         return stack
 
-    def _run(self, x: Float[Array, "B L D"], call: Call, *, collect: bool) -> tuple[Any, Any]:
-        x, first = self.frozen._run(x, call, collect=collect)
-        x, rest = super()._run(x, call, collect=collect)
-        return x, jnp.concatenate([first, rest]) if collect else None
+    def _run(
+        self, x: Float[Array, "B L D"], call: Call, *, collect: bool = False, last: int = 1
+    ) -> tuple[tuple[Array, ...], Any]:
+        (x,), first = self.frozen._run(x, call, collect=collect)
+        states, rest = super()._run(x, call, collect=collect, last=last)
+        return states, jnp.concatenate([first, rest]) if collect else None
 
     def step(self, x: Float[Array, "B T D"], call: Call, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
         """The last block's output for new tokens, and the cache with them added."""

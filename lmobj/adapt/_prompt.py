@@ -71,7 +71,9 @@ class PromptedStack(Adapted, Stack):
         prompt = normal(config.init_std)(rngs.params(), (config.length, base.spec.width), base.spec.param_dtype)
         self.prompt = trained(prompt, (None, "embed"))
 
-    def _run(self, x: Float[Array, "B L D"], call: Call, *, collect: bool) -> tuple[Any, Any]:
+    def _run(
+        self, x: Float[Array, "B L D"], call: Call, *, collect: bool = False, last: int = 1
+    ) -> tuple[tuple[Array, ...], Any]:
         P = self.prompt.shape[0]
         prompt = jnp.broadcast_to(self.prompt[...].astype(x.dtype), (x.shape[0], P, x.shape[2]))
         rotary = call.rotary
@@ -84,8 +86,9 @@ class PromptedStack(Adapted, Stack):
             rotary=rotary,
             bias=None if call.bias is None else jnp.pad(call.bias, ((0, 0), (0, 0), (P, 0), (P, 0))),
         )
-        x, collected = super()._run(jnp.concatenate([prompt, x], axis=1), call, collect=collect)
-        return x[:, P:], collected[:, :, P:] if collect else None
+        longer = jnp.concatenate([prompt, x], axis=1)
+        states, collected = super()._run(longer, call, collect=collect, last=last)
+        return tuple(x[:, P:] for x in states), collected[:, :, P:] if collect else None
 
     def step(self, *_: Any) -> NoReturn:
         """Refuses: a cache has no room for the prompt."""

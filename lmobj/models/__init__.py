@@ -6,11 +6,13 @@ from lmobj.models._decoder import Decoder, DecoderConfig
 from lmobj.models._electra import Electra, ElectraConfig
 from lmobj.models._encoder import Encoder, EncoderConfig
 from lmobj.models._encoder_decoder import EncoderDecoder, EncoderDecoderCache, EncoderDecoderConfig
+from lmobj.models._further_tokens import ParallelHeads, SequentialHeads
 from lmobj.models._gru import GRUConfig, GRULanguageModel
 from lmobj.models._heads import HeadStyle, JoinedHead, PairHead, SpanBoundaryHead, TokenHead, VectorHead
 from lmobj.models._layers import GATED
 from lmobj.models._moe import MoEConfig
 from lmobj.models._protocol import (
+    BlockModel,
     Cache,
     CachedModel,
     CountsProducts,
@@ -32,6 +34,7 @@ ModelConfig = DecoderConfig | ElectraConfig | EncoderConfig | EncoderDecoderConf
 
 __all__ = [
     "GATED",
+    "BlockModel",
     "Cache",
     "CachedModel",
     "CountsProducts",
@@ -59,10 +62,12 @@ __all__ = [
     "ModelConfig",
     "OutputHead",
     "PairHead",
+    "ParallelHeads",
     "RoutedModel",
     "RouterSums",
     "RoutingCall",
     "RowUse",
+    "SequentialHeads",
     "SpanBoundaryHead",
     "TokenHead",
     "TwoStreamModel",

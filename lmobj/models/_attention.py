@@ -79,10 +79,11 @@ class BlockSpec:
         return self.layers * (attention + mlp)
 
     def stack_flops(self, use: RowUse, window: int | None = None) -> float:
-        """Operations of a row's matrix products in all layers: two for each weight, and four in attention for each
-        token, key that it sees and component of the heads (logits, and the sum of values)."""
+        """Operations of a row's matrix products in all layers and further blocks: two for each weight, and four in
+        attention for each token, key that it sees and component of the heads (logits, and the sum of values)."""
         attention = 4 * self.layers * self.heads * self.head_dim * use.keys(window)
-        return use.length * (2 * self.stack_weights + attention)
+        blocks = 1 + use.further_blocks / self.layers
+        return use.length * (2 * self.stack_weights + attention) * blocks
 
     def cross_flops(self, length: int, encoded: int) -> float:
         """Those of attention of `length` tokens over `encoded` others in all layers."""

@@ -6,9 +6,10 @@ grow with depth.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from lmobj.partition import constrain
 __all__ = [
     "Block",
     "BlockSpec",
+    "BlockStates",
+    "BlockStyle",
     "Call",
     "KVCache",
     "NormName",
@@ -111,26 +114,43 @@ class Stack(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"], call: Call) -> Float[Array, "B L D"]:
         """The last block's output."""
-        return self._run(x, call, collect=False)[0]
+        return self._run(x, call)[0][-1]
+
+    def fork(self, x: Float[Array, "B L D"], call: Call) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
+        """The last block's input, and its output."""
+        before, after = self._run(x, call, last=2)[0]
+        return before, after
 
     def collect(self, x: Float[Array, "B L D"], call: Call) -> Float[Array, "n B L D"]:
         """Every block's output."""
         return self._run(x, call, collect=True)[1]
 
-    def _run(self, x: Float[Array, "B L D"], call: Call, *, collect: bool) -> tuple[Any, Any]:
+    def side_by_side(self, x: Float[Array, "B L D"], call: Call) -> Float[Array, "n B L D"]:
+        """Each block's output for the same input."""
         block_at, layers = self._layers()
 
-        def body(x: Array, layer: Any) -> tuple[Array, tuple[Array | None, RouterSums | None]]:
+        def body(_: None, layer: Any) -> tuple[None, Array]:
             block, index = block_at(layer)
-            x, _, sums = block(x, index, call)
-            x = constrain(x, HIDDEN_AXES)
-            return x, (x if collect else None, sums)
+            return None, constrain(block(x, index, call)[0], HIDDEN_AXES)
 
-        rows = x.shape[:2]
-        x, (collected, sums) = jax.lax.scan(rematerialised(body, self.spec.remat), x, layers)
+        return jax.lax.scan(rematerialised(body, self.spec.remat), None, layers)[1]
+
+    def _run(
+        self, x: Float[Array, "B L D"], call: Call, *, collect: bool = False, last: int = 1
+    ) -> tuple[tuple[Array, ...], Any]:
+        """What the last blocks put out, as many as `last` (x where there are fewer), and with `collect` what all do."""
+        block_at, layers = self._layers()
+
+        def body(states: tuple[Array, ...], layer: Any) -> tuple[tuple[Array, ...], tuple[Array | None, Any]]:
+            block, index = block_at(layer)
+            y, _, sums = block(states[-1], index, call)
+            y = constrain(y, HIDDEN_AXES)
+            return (*states[1:], y), (y if collect else None, sums)
+
+        states, (collected, sums) = jax.lax.scan(rematerialised(body, self.spec.remat), (x,) * last, layers)
         if sums is not None:
-            record_routing(sums, rows, call.mask.segment_ids)
-        return x, collected
+            record_routing(sums, x.shape[:2], call.mask.segment_ids)
+        return states, collected
 
     def step(self, x: Float[Array, "B T D"], call: Call, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
         """The last block's output for new tokens, and the cache with them added. The cache is carried, never copied."""
@@ -162,6 +182,41 @@ class Stack(nnx.Module):
             return lambda layer: (nnx.merge(graphdef, layer[0]), layer[1]), (states, indices)
         shared = jax.tree.map(lambda x: x[0], states)
         return lambda index: (nnx.merge(graphdef, shared), index), indices
+
+
+class BlockStyle(NamedTuple):
+    """How the blocks of a model are made, by which others can be made like them."""
+
+    spec: BlockSpec
+    init: Init
+    """Of weights."""
+    out_init: Init
+    """Of the weights of what blocks add to the residual."""
+
+    def stack(self, rngs: nnx.Rngs) -> Stack:
+        """The model's own blocks."""
+        return Stack(self.spec, init=self.init, out_init=self.out_init, rngs=rngs)
+
+    def further(self, count: int) -> BlockStyle:
+        """Of `count` more blocks, none with experts: a feed-forward part is in their place, as wide as those that work
+        on a token together."""
+        spec, moe = self.spec, self.spec.moe
+        width = spec.mlp_width * (1 if moe is None else moe.experts_per_token)
+        more = dataclasses.replace(spec, layers=count, mlp_width=width, moe=None, share_layers=False)
+        return self._replace(spec=more)
+
+
+class BlockStates(NamedTuple):
+    """What stands inside a model, for blocks that run beside its own or after them."""
+
+    embedded: Float[Array, "B L D"]
+    """The first block's input: tokens, with their positions where those are learned."""
+    before_last: Float[Array, "B L D"]
+    """The last block's input."""
+    hidden: Float[Array, "B L D"]
+    """The model's final hidden states."""
+    call: Call
+    """What all blocks share."""
 
 
 def _norm(norm: Norm, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:

@@ -25,11 +25,12 @@ from lmobj.models._block import (
     EMBEDDING,
     HIDDEN_AXES,
     BlockSpec,
+    BlockStates,
+    BlockStyle,
     Call,
     KVCache,
     NormName,
     Remat,
-    Stack,
     drop,
     make_norm,
 )
@@ -156,6 +157,10 @@ class DecoderConfig:
         head = 2 * use.predictions * self.width * vocab_size
         return self._block_spec().stack_flops(use, self.window) + head
 
+    def _block_style(self) -> BlockStyle:
+        scale = math.sqrt(2 * self.layers) if self.residual_init == "scaled" else 1.0
+        return BlockStyle(self._block_spec(), normal(self.init_std), normal(self.init_std / scale))
+
     def _block_spec(self) -> BlockSpec:
         return BlockSpec(
             layers=self.layers,
@@ -183,8 +188,8 @@ class Decoder(Transformer):
     """A transformer decoder. The objective's mask decides who sees whom; `window` narrows it."""
 
     def __init__(self, config: DecoderConfig, vocab: Vocabulary, rngs: nnx.Rngs) -> None:
-        spec = config._block_spec()
-        init = normal(config.init_std)
+        blocks = config._block_style()
+        spec, init = blocks.spec, blocks.init
         rows = pad_vocabulary(vocab.size, config.vocab_multiple)
         self.config = config
         self.spec = spec
@@ -197,8 +202,7 @@ class Decoder(Transformer):
         position_init = normal(config.position_init_std or config.init_std)
         learned = config.positions == "learned"
         self.positions = table(config.max_length, ("positions", "embed"), position_init) if learned else None
-        scale = math.sqrt(2 * config.layers) if config.residual_init == "scaled" else 1.0
-        self.stack = Stack(spec, init=init, out_init=normal(config.init_std / scale), rngs=rngs)
+        self.stack = blocks.stack(rngs)
         self.norm = make_norm(spec) if config.pre_norm else None
         self.head = None if config.tie_embeddings else table(rows, ("vocab", "embed"))
 
@@ -219,10 +223,21 @@ class Decoder(Transformer):
     @property
     def head_style(self) -> HeadStyle:
         """What heads on the hidden states take over."""
-        config = self.config
-        return HeadStyle(
-            config.width, config.activation, config.norm_eps, normal(config.init_std), self.spec.param_dtype
-        )
+        config, blocks = self.config, self.config._block_style()
+        return HeadStyle(config.width, config.activation, config.norm_eps, blocks.init, self.spec.param_dtype, blocks)
+
+    def block_states(
+        self,
+        tokens: Int[Array, "B L"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B L"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> BlockStates:
+        """What `hidden` returns, with what stands on the way to it (`BlockModel`)."""
+        x, call = self._embed(tokens, mask, positions, None, dropout)
+        before, after = self.stack.fork(x, call)
+        return BlockStates(x, before, self.finish(after), call)
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for positions 0 .. length - 1.
@@ -246,7 +261,7 @@ class Decoder(Transformer):
         """
         x, call = self._embed(tokens, masks.causal().at(positions[:, 0]), positions, None, None)
         x, cache = self.stack.step(x, call, cache)
-        return self._finish(x), cache
+        return self.finish(x), cache
 
     def _embed(
         self,
@@ -270,7 +285,8 @@ class Decoder(Transformer):
         x = drop(constrain(x, HIDDEN_AXES), config.embedding_dropout, dropout, 0, EMBEDDING)
         return x, Call(_windowed(mask, config.window), positions, rotary, dropout)
 
-    def _finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """The norm after the last block, where there is one."""
         return x if self.norm is None else self.norm(x)
 
 

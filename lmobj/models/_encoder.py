@@ -220,7 +220,7 @@ class Trunk(nnx.Module):
         dropout: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Final hidden states of embedded rows."""
-        return self._finish(self.stack(*self._enter(embedded, mask, positions, dropout)))
+        return self.finish(self.stack(*self._enter(embedded, mask, positions, dropout)))
 
     def _enter(
         self,
@@ -237,7 +237,8 @@ class Trunk(nnx.Module):
         x = embedded if self.projection is None else constrain(self.projection(embedded), HIDDEN_AXES)
         return x, Call(mask, positions, rotary, dropout)
 
-    def _finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """The norm after the last block, where there is one."""
         return x if self.final_norm is None else self.final_norm(x)
 
 

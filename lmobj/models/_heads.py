@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lmobj.models._block import BlockStyle
 from lmobj.models._layers import ACTIVATIONS, Activation, Embedding, Init, LayerNorm, Linear
 from lmobj.partition import constrain
 
@@ -31,6 +32,8 @@ class HeadStyle(NamedTuple):
     init: Init
     """Of its weights; biases begin at zero."""
     param_dtype: jnp.dtype
+    blocks: BlockStyle | None = None
+    """How the model's blocks are made, where others can run beside them (`BlockModel`); None where none can."""
 
     def dense(self, into: int, out: int, rngs: nnx.Rngs) -> Linear:
         """A linear map with bias, in this style."""

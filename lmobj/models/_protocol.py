@@ -11,9 +11,11 @@ from lmobj.batch import Vocabulary
 from lmobj.masks import AttentionMask
 
 if TYPE_CHECKING:
+    from lmobj.models._block import BlockStates
     from lmobj.models._heads import HeadStyle
 
 __all__ = [
+    "BlockModel",
     "Cache",
     "CachedModel",
     "CountsProducts",
@@ -80,6 +82,26 @@ class HeadedModel(LanguageModel, Protocol):
     @property
     def head_style(self) -> HeadStyle:
         """Width, activation, norm and initial values that a head on the hidden states takes over."""
+        ...
+
+
+@runtime_checkable
+class BlockModel(HeadedModel, Protocol):
+    """A model of blocks, beside or after which others can run; its `head_style` says how they are made."""
+
+    def block_states(
+        self,
+        tokens: Int[Array, "B L"],
+        *,
+        mask: AttentionMask,
+        positions: Int[Array, "B L"] | None = None,
+        dropout: UInt32[Array, " B"] | None = None,
+    ) -> BlockStates:
+        """What `hidden` returns, with what stands on the way to it."""
+        ...
+
+    def finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """What follows the last block: from its output to final hidden states."""
         ...
 
 
@@ -265,6 +287,8 @@ class RowUse(NamedTuple):
     """Whether the predictions are made by a second stream (XLNet)."""
     decoder_length: int = 0
     """Tokens that a decoder reads beside the `length` of its encoder, where the model has both."""
+    further_blocks: int = 0
+    """Blocks like the model's own that the objective's heads run over the row."""
 
     def keys(self, window: int | None = None) -> float:
         """Tokens of the row that one of its tokens sees, on average: all of them, or half where masks are causal.

@@ -13,7 +13,7 @@ __all__ = ["Transformer", "default_positions"]
 
 
 class Transformer(nnx.Module):
-    """Base of the transformer families, which set `stack` and implement `_embed`, and `_finish` if need be."""
+    """Base of the transformer families, which set `stack` and implement `_embed`, and `finish` if need be."""
 
     stack: Stack
 
@@ -32,7 +32,7 @@ class Transformer(nnx.Module):
           ValueError: rows are longer than `max_length`, the mask cannot be honoured, or a decoder gets `token_types`.
         """
         x, call = self._embed(tokens, mask, positions, token_types, dropout)
-        return self._finish(self.stack(x, call))
+        return self.finish(self.stack(x, call))
 
     def hidden_layers(
         self,
@@ -46,7 +46,7 @@ class Transformer(nnx.Module):
         """The embeddings and every block's output; the last entry is what `hidden` returns."""
         embedded, call = self._embed(tokens, mask, positions, token_types, dropout)
         layers = self.stack.collect(embedded, call)
-        return jnp.concatenate([embedded[None], layers[:-1], self._finish(layers[-1:])])
+        return jnp.concatenate([embedded[None], layers[:-1], self.finish(layers[-1:])])
 
     def _embed(
         self,
@@ -59,7 +59,7 @@ class Transformer(nnx.Module):
         """The first block's input, and what all blocks share."""
         raise NotImplementedError
 
-    def _finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def finish(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """What follows the last block."""
         return x
 

@@ -11,6 +11,7 @@ from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._mixture import Member, Mixture, member_models
 from lmobj.objectives._mixture_of_denoisers import Denoiser, MixtureOfDenoisers
 from lmobj.objectives._multi_label import MultiLabel
+from lmobj.objectives._multi_token import MultiTokenPrediction
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._objective import (
     Context,
@@ -60,6 +61,7 @@ __all__ = [
     "MixtureOfDenoisers",
     "Models",
     "MultiLabel",
+    "MultiTokenPrediction",
     "MultipleChoice",
     "NextSentencePrediction",
     "Objective",

@@ -21,7 +21,7 @@ from lmobj.models import LanguageModel
 from lmobj.objectives._objective import Context, Example, Judge, Models, Objective, Terms, token_metrics
 from lmobj.objectives._tokens import head_stats, hidden_states
 
-__all__ = ["CausalLM", "check_token_loss", "next_token_example", "next_token_terms"]
+__all__ = ["CausalLM", "check_token_loss", "next_token_example", "next_token_terms", "targets_ahead"]
 
 
 @dataclass(frozen=True)
@@ -127,21 +127,28 @@ def next_token_example(
       positions: of the tokens.
       predicted: the tokens that are predicted; by default all.
     """
-    tokens = batch["tokens"]
-    weights = ((segments == _shift_left(segments)) & (segments > 0)).astype(jnp.float32)
+    targets, weights = targets_ahead(batch, segments, 1)
     if predicted is not None:
-        weights = weights * _shift_left(predicted)
-    if "loss_mask" in batch:
-        weights = weights * _shift_left(batch["loss_mask"])
-    extra = {"target_bytes": _shift_left(batch["token_bytes"])} if "token_bytes" in batch else {}
+        weights = weights * _ahead(predicted, 1)
+    extra = {"target_bytes": _ahead(batch["token_bytes"], 1)} if "token_bytes" in batch else {}
     return Example(
-        inputs=tokens,
-        targets=_shift_left(tokens),
+        inputs=batch["tokens"],
+        targets=targets,
         weights=weights,
         mask=masks.causal().packed(segments),
         positions=positions,
         extra=extra,
     )
+
+
+def targets_ahead(
+    batch: Batch, segments: Int[Array, "B L"], places: int
+) -> tuple[Int[Array, "B L"], Float[Array, "B L"]]:
+    """Each token's target so many places ahead, and its weight: 0 in another segment, or if `loss_mask` says so."""
+    weights = ((segments == _ahead(segments, places)) & (segments > 0)).astype(jnp.float32)
+    if "loss_mask" in batch:
+        weights = weights * _ahead(batch["loss_mask"], places)
+    return _ahead(batch["tokens"], places), weights
 
 
 def next_token_terms(
@@ -170,6 +177,6 @@ def next_token_terms(
     return Terms({"nll": jnp.sum(loss * example.weights)}, metrics, carried)
 
 
-def _shift_left(x: Array) -> Array:
-    """x[:, t+1] at t; 0 at the end."""
-    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+def _ahead(x: Array, places: int) -> Array:
+    """x[:, t + places] at t; 0 at the end."""
+    return jnp.pad(x[:, places:], ((0, 0), (0, places)))

@@ -207,7 +207,7 @@ class Objective:
 
     def use(self, length: int) -> RowUse | Mapping[str, RowUse]:
         """How it runs the model over a row of `length` tokens, or those of each member of a mixture; by default every
-        position is predicted. Heads of its own are not in it."""
+        position is predicted. Of heads of its own only blocks are in it."""
         return RowUse(length, length, self.causal)
 
     def rows(self, vocab: Vocabulary, length: int) -> Rows:

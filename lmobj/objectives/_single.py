@@ -10,6 +10,7 @@ from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
 from lmobj.objectives._mixture_of_denoisers import MixtureOfDenoisers
 from lmobj.objectives._multi_label import MultiLabel
+from lmobj.objectives._multi_token import MultiTokenPrediction
 from lmobj.objectives._multiple_choice import MultipleChoice
 from lmobj.objectives._permutation_lm import PermutationLM
 from lmobj.objectives._regression import Regression
@@ -33,6 +34,7 @@ SingleObjective = (
     | MaskedLM
     | MixtureOfDenoisers
     | MultiLabel
+    | MultiTokenPrediction
     | MultipleChoice
     | NextSentencePrediction
     | PermutationLM

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lmobj.train._parameters import Parameter, describer
+from lmobj.train.roles import HEADS
 
 __all__ = ["Depth", "by_depth", "deepest"]
 
@@ -50,12 +51,17 @@ def deepest(tree: Any, logical_axes: Mapping[str, Any]) -> int:
 def _depths(tree: Any, logical_axes: Mapping[str, Any]) -> list[Depth]:
     described = jax.tree.leaves(describer(logical_axes)(tree), is_leaf=lambda x: isinstance(x, Parameter))
     found = list(zip(jax.tree.leaves(tree), described, strict=True))
-    layers = max((x.shape[0] for x, parameter in found if parameter.stacked), default=0)
+    layers = max((x.shape[0] for x, parameter in found if _is_layer(parameter)), default=0)
     return [_depth(parameter, x, layers) for x, parameter in found]
 
 
 def _depth(parameter: Parameter, x: Any, layers: int) -> Depth:
-    if parameter.stacked:  # counted from the top, where the lowest may be frozen apart
+    if _is_layer(parameter):  # counted from the top, where the lowest may be frozen apart
         return jnp.arange(x.shape[0], 0, -1).reshape(-1, *(1,) * (len(x.shape) - 1))
     names = [name for name in parameter.path[1:3] if name not in _PAIRED]  # path: the role, then names of modules
     return layers + 1 if names and names[0] in _BELOW else 0
+
+
+def _is_layer(parameter: Parameter) -> bool:
+    """Whether it is of the model's layers; blocks of heads are heads."""
+    return bool(parameter.stacked) and parameter.path[0] != HEADS

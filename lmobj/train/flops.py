@@ -19,7 +19,7 @@ utilisation (MFU). What deviates from it:
   layers once for each layer.
 
 As there, recomputation counts for nothing, and so do elementwise operations. Heads that objectives put on a model's
-hidden states are left out, which are small.
+hidden states are left out, which are small, but for those that are blocks like the model's own.
 """
 
 from __future__ import annotations

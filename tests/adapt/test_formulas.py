@@ -194,7 +194,23 @@ def test_a_prompt_of_one_vector() -> None:
     x, call = base._embed(tokens(), masks.causal(), None, None, None)
     prompt = jnp.broadcast_to(model.stack.prompt[...], (ROWS, 1, 8))
     longer = base.stack(jnp.concatenate([prompt, x], axis=1), call)
-    equal(hidden(model), base._finish(longer[:, 1:]))
+    equal(hidden(model), base.finish(longer[:, 1:]))
+
+
+@pytest.mark.parametrize("config", [adapt.Freeze(layers=2), adapt.Prompt(length=2)], ids=lambda config: config.name)
+def test_the_last_blocks_input_of_adapted_stacks(config: adapt.AdapterConfig) -> None:
+    """Of three layers two are frozen, and the input of the third is what they put out."""
+    graph, params = nnx.split(moved(adapt.apply(model_of("decoder"), config, nnx.Rngs(params=0))))
+
+    @jax.jit
+    def both(params: Any) -> Any:
+        model = nnx.merge(graph, params)
+        states = model.block_states(tokens(), mask=masks.causal())
+        return (states.before_last, states.hidden), model.hidden_layers(tokens(), mask=masks.causal())
+
+    (before, after), layers = both(params)
+    equal(before, layers[-2])
+    equal(after, layers[-1])
 
 
 def test_a_prompt_keeps_documents_apart() -> None:

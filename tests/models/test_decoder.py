@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CONFIGS, DECODERS, VOCAB, build, hidden, random_tokens
+from families import CONFIGS, DECODERS, SEEDS, VOCAB, build, hidden, random_tokens
 from flax import nnx
 
 from lmobj import masks
 from lmobj.errors import UserError
-from lmobj.models import CachedModel, DecoderConfig
+from lmobj.models import BlockModel, CachedModel, DecoderConfig, MoEConfig
 from lmobj.models._layers import apply_rotary, rotary_angles
 
 WINDOWED = dataclasses.replace(CONFIGS["llama"], window=3)
@@ -128,6 +128,32 @@ def test_window_of_the_model_narrows_the_mask() -> None:
     np.testing.assert_allclose(narrower, hidden(plain, params, tokens, mask=masks.sliding_window(2)), rtol=1e-6)
     with pytest.raises(ValueError, match="a window needs a causal mask"):
         hidden(graphdef, params, tokens, mask=masks.bidirectional())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_block_states_are_those_of_the_layers(layers: int) -> None:
+    """With one layer, what comes into the last is the embedding."""
+    graphdef, params = build(dataclasses.replace(CONFIGS["llama"], layers=layers))
+    assert isinstance(nnx.merge(graphdef, params), BlockModel)
+
+    @jax.jit
+    def both(params: Any) -> Any:
+        model, given = nnx.merge(graphdef, params), {"mask": masks.causal(), "dropout": SEEDS[:2]}
+        states = model.block_states(random_tokens(2, 5), **given)
+        return (states.embedded, states.before_last, states.hidden), model.hidden_layers(random_tokens(2, 5), **given)
+
+    states, each = both(params)
+    for state, expected in zip(states, (each[0], each[-2], each[-1]), strict=True):
+        np.testing.assert_allclose(state, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_further_blocks_are_like_the_models_but_for_experts() -> None:
+    config = dataclasses.replace(CONFIGS["llama"], mlp_width=24, moe=MoEConfig(experts=4, experts_per_token=2))
+    blocks = nnx.eval_shape(lambda: config.build(VOCAB, nnx.Rngs(0))).head_style.blocks
+    assert blocks is not None
+    stack = nnx.eval_shape(lambda: blocks.further(3).stack(nnx.Rngs(0)))
+    assert stack.blocks.attention.key.kernel.shape == (3, 16, 8)
+    assert stack.blocks.mlp.up.kernel.shape == (3, 16, 48), "as wide as the two experts of a token"
 
 
 def test_token_types_are_refused() -> None:

@@ -373,6 +373,14 @@ CASES: dict[str, Case] = {
         padded=False,
         variant=True,
     ),
+    "multi_token_prediction": Case(
+        objectives.MultiTokenPrediction(tokens=3),
+        {"model": DECODER},
+        packed=False,  # each of its terms has weights
+    ),
+    "multi_token_prediction/sequential": Case(
+        objectives.MultiTokenPrediction(variant="sequential", tokens=3), {"model": DECODER}, packed=False
+    ),
     "span_boundary": Case(
         objectives.SpanBoundary(mask_rate=0.3, max_span=2, layout="packed"), {"model": ENCODER}, packed=False
     ),

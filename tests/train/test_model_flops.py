@@ -72,6 +72,9 @@ def _xlnet_extra(rows: int, memory: int, predictions: int, ways: int, reach: int
         # Experts with room for an even share, as many places as there are choices.
         ("causal_lm", ("model.moe={experts: 4, capacity_factor: 1.0}",), 8 * _HALF_OF_ATTENTION),
         ("causal_lm_gru", (), 0),
+        # Two layers, and a block for each of three heads or of one; the latter has a map of 2 x 64 to 64 before it.
+        ("multi_token", (), 8 * _HALF_OF_ATTENTION * 5 // 2),
+        ("multi_token_sequential", (), 8 * (_HALF_OF_ATTENTION * 3 // 2 + 2 * _L * 2 * _D * _D)),
         # The generator's logits are computed once more to sample from: 19 slots, embeddings 64 wide.
         ("replaced_token_detection", (), 16 * 2 * 19 * _D * _V),
         # The border head: (2 x 64 + 200) x 64 and 64 x 64 weights, where the formula has another 64 x 64; 20 slots.
