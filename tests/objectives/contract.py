@@ -20,7 +20,15 @@ from flax import nnx
 
 from lmobj import objectives
 from lmobj.batch import NO_TAG, Batch, Vocabulary
-from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, ModelBuilder, MoEConfig, XLNetConfig
+from lmobj.models import (
+    DecoderConfig,
+    ElectraConfig,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    ModelBuilder,
+    MoEConfig,
+    XLNetConfig,
+)
 from lmobj.objectives import Objective
 from lmobj.train.step import Program, State
 
@@ -28,6 +36,9 @@ BATCH, LENGTH = 8, 16
 VOCAB = Vocabulary(size=40, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6)
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
 DECODER = DecoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
+SEQ2SEQ = EncoderDecoderConfig(
+    layers=2, width=16, heads=2, head_width=8, mlp_width=32, max_length=2 * LENGTH, remat="none", **DROPOUT
+)
 ENCODER = EncoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
 ELECTRA = ElectraConfig(
     layers=2, width=16, heads=2, generator_fraction=0.5, generator_heads=2, max_length=2 * LENGTH, **DROPOUT
@@ -137,6 +148,23 @@ def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
         [labels, np.arange(first_row, first_row + rows) % 2, 0 * labels], 1, dtype=np.float32
     )
     return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+def make_translations(rows: int = BATCH, *, first_row: int = 0) -> Batch:
+    """source EOS target EOS, most with padding; row r is the same in every batch."""
+    batch = {name: np.array(x) for name, x in make_batch(rows=rows, first_row=first_row).items()}
+    for row in range(rows):
+        draw = np.random.default_rng([6, first_row + row])
+        source, target = draw.integers(2, LENGTH // 2 + 1, 2)
+        texts = draw.integers(7, 40, source + target)
+        texts[[source - 1, -1]] = VOCAB.eos
+        batch["tokens"][row] = np.pad(texts, (0, LENGTH - len(texts)))
+        batch["segment_ids"][row] = np.arange(LENGTH) < len(texts)
+        batch["positions"][row] = np.arange(LENGTH) * batch["segment_ids"][row]
+    types = np.cumsum(batch["tokens"] == VOCAB.eos, axis=1) - (batch["tokens"] == VOCAB.eos)
+    batch["token_types"] = np.where(batch["segment_ids"], types, 0)
+    names = ("tokens", "segment_ids", "positions", "token_types", "row_ids")
+    return {name: jnp.asarray(batch[name], jnp.int32) for name in names}
 
 
 def make_tagged(rows: int = BATCH, *, first_row: int = 0) -> Batch:
@@ -301,6 +329,19 @@ CASES: dict[str, Case] = {
     ),
     "masked_diffusion/truncated": Case(
         objectives.MaskedDiffusion(truncate_rate=0.5), {"model": ENCODER}, sees_later=True, variant=True
+    ),
+    "sequence_to_sequence": Case(
+        objectives.SequenceToSequence(target_length=LENGTH // 2, label_smoothing=0.1),
+        {"model": SEQ2SEQ},
+        make=make_translations,
+        packed=False,
+    ),
+    "sequence_to_sequence/decoder": Case(
+        objectives.SequenceToSequence(target_length=LENGTH // 2, rendering="decoder"),
+        {"model": DECODER},
+        make=make_translations,
+        packed=False,
+        variant=True,
     ),
     "span_boundary": Case(
         objectives.SpanBoundary(mask_rate=0.3, max_span=2, layout="packed"), {"model": ENCODER}, packed=False
