@@ -14,7 +14,7 @@ import pytest
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import EncoderDecoderConfig, OutputHead, RowUse
-from lmobj.objectives import Context, Example, SequenceToSequence, _sequence_to_sequence, denominators, total_loss
+from lmobj.objectives import Context, Example, SequenceToSequence, denominators, total_loss
 from tests.mutants import Mutant, assert_killed
 from tests.objectives.learning import SEQ2SEQ, Reversals, learn
 
@@ -132,10 +132,10 @@ def test_rows_and_models_that_cannot_be() -> None:
 
 MUTANTS = [
     Mutant(
-        "the target from the row's begin",
-        _sequence_to_sequence.jnp,
-        "argmax",
-        lambda f: lambda x, axis: jnp.zeros(len(x), jnp.int32),
+        "a token less for the source",
+        SequenceToSequence,
+        "rooms",
+        lambda f: lambda self, raw: (lambda x: x._replace(inputs=x.inputs - 1))(f(self, raw)),
     ),
     Mutant("ends cost nothing", SequenceToSequence, "weights", lambda f: lambda s, e: {"nll": f(s, e)["nll"] - 2}),
     Mutant("targets without an end", SequenceToSequence, "denoise", lambda f: lambda *a: _shorter(f(*a))),
