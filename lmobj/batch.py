@@ -160,6 +160,8 @@ class RowSpec:
     bidirectional: of `stream` and `stream_pairs`; the second half of a source's streams reads its text backwards.
     source: name of the source that the rows come from, where the data is a mixture of some; None: from all of them.
     two_texts: of `examples`; every document must be a pair of texts.
+    second_length: of `two_texts`; most tokens of B with its suffix, where A has the rest of `length` and each is cut by
+      itself. 0: they share the room, and the longer is cut first.
     classes: of `label_sets` and `choices`; how many there are to tell apart, C.
     texts: of `texts`; how many a row has room for, the query included.
     """
@@ -174,6 +176,7 @@ class RowSpec:
     reuse: int = 0
     bidirectional: bool = False
     two_texts: bool = False
+    second_length: int = 0
     texts: int = 0
     source: str | None = None
     classes: int = 0

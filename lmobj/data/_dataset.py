@@ -17,6 +17,7 @@ from lmobj.data._document_rows import DocumentRows, RowSource
 from lmobj.data._epochs import Epochs
 from lmobj.data._label_sets import LabelSets
 from lmobj.data._mixture import PERIOD, InOrder, Mixture
+from lmobj.data._plan import ExamplesPlan
 from lmobj.data._prepared import SPLITS, Prepared
 from lmobj.data._rows import HostBatch, Indices, Rows
 from lmobj.data._shards import TokenStore
@@ -141,13 +142,12 @@ class Dataset:
         """
         self._check(spec, batch_size)
         once = split != "train"
-        asked = list(self._sources) if spec.source is None else [spec.source]
         if spec.source not in (None, *self._sources):
             raise UserError(
                 f"RowSpec.source is {spec.source!r}; accepted: a source of the data, "
                 f"{', '.join(filter(None, self._sources)) or 'which has a single one, so null'}."
             )
-        names = [name for name in asked if len(self._prepared(name, split)[1].lengths) > 0]
+        names = [name for name in self._names(spec) if len(self._prepared(name, split)[1].lengths) > 0]
         if not names:
             raise UserError(
                 f"the {split} split holds no documents; accepted: a larger data.{split} share, or more documents."
@@ -170,13 +170,35 @@ class Dataset:
     def reference(self, spec: RowSpec, split: str) -> NDArray:
         """What answers are compared with: the label of every document of a split that rows of `spec` read, [N] or of
         sets of classes [N, C]."""
-        names = list(self._sources) if spec.source is None else [spec.source]
-        found = [self._labels(name, spec, split) for name in names]
+        found = [self._labels(name, spec, split) for name in self._names(spec)]
         return np.concatenate([labels[np.arange(len(labels))] for labels in found if labels is not None])
 
     def notes(self, spec: RowSpec, split: str) -> tuple[str, ...]:
-        """What the person should know of the rows of a split; of texts there is nothing to say."""
-        return ()
+        """What the person should know of the rows of a split: how many texts are cut, where both texts of a document
+        have lengths of their own."""
+        if not spec.second_length:
+            return ()
+        stores = [self._prepared(name, split)[1] for name in self._names(spec)]
+        cut = np.sum([ExamplesPlan(store.lengths, store.pair_starts, spec).cut() for store in stores], axis=0)
+        documents = sum(len(store.lengths) for store in stores)
+        told = (
+            ("sources", spec.length - spec.second_length, "data.length", cut[0]),
+            ("targets", spec.second_length, "objective.target_length", cut[1]),
+        )
+        return tuple(
+            f"{split}: {what} that are cut to {length} tokens, their end included ({key}): {count:,} of {documents:,}."
+            for what, length, key, count in told
+            if count
+        )
+
+    def pairs(self, spec: RowSpec, split: str) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """Both texts of every document of a split that rows of `spec` read, whole, as token ids; in the order in which
+        a split is read once."""
+        for name in self._names(spec):
+            store = self._prepared(name, split)[1]
+            assert store.pair_starts is not None
+            for document, border in zip(store.documents(), store.pair_starts, strict=True):
+                yield document[:border], document[border:]
 
     def batches(
         self,
@@ -220,6 +242,10 @@ class Dataset:
                 raise UserError(
                     f"RowSpec.fields has {name!r}, but the layout is {spec.layout!r}; accepted: the layout 'examples'."
                 )
+
+    def _names(self, spec: RowSpec) -> list[str]:
+        """The sources that rows come from."""
+        return list(self._sources) if spec.source is None else [spec.source]
 
     def _prepared(self, name: str, split: str) -> tuple[Prepared, TokenStore]:
         """Where the documents of a source's split lie: its folder, and they themselves in it."""

@@ -232,7 +232,7 @@ class ExamplesPlan:
     """One document per row: [prefix] A [suffix], or [prefix] A [suffix] B [suffix] where documents are two texts.
 
     What does not fit is cut from the end of A and of B, token by token from the longer one (from B when they are
-    equal), as Hugging Face's `longest_first` does.
+    equal), as Hugging Face's `longest_first` does; or where B has a length of its own, from each by itself.
     """
 
     def __init__(self, lengths: NDArray[np.integer], pair_starts: NDArray[np.integer] | None, spec: RowSpec):
@@ -241,6 +241,13 @@ class ExamplesPlan:
         self._lengths = lengths
         self._pair_starts = pair_starts
         self._room = room(spec, 1 if pair_starts is None else 2)
+        self._most_b = spec.second_length - len(spec.suffix)
+        """Tokens of B, where it has a length of its own."""
+        if spec.second_length and not 0 < self._most_b < self._room:
+            raise UserError(
+                f"RowSpec.second_length is {spec.second_length} in rows of {spec.length} tokens; accepted: room for "
+                "text and its special tokens, in both texts."
+            )
         self.rows = len(lengths)
 
     def lookup(self, rows: Ints) -> Fragments:
@@ -250,9 +257,23 @@ class ExamplesPlan:
         if self._pair_starts is None:
             return _one_part(self._spec, row, document, zero, np.minimum(length, self._room))
         border = self._pair_starts[document].astype(np.int64)
-        length_a, length_b = trim(border, length - border, self._room)
+        length_a, length_b = self._cut(border, length - border)
         a, b = Stretches(document, zero, length_a), Stretches(document, border, length_b)
         return two_parts(self._spec, row, a, b, pair_label=zero)
+
+    def cut(self) -> tuple[int, int]:
+        """How many documents of two texts lose tokens of A, and how many of B."""
+        assert self._pair_starts is not None
+        lengths = self._pair_starts, self._lengths - self._pair_starts
+        kept = self._cut(*(length.astype(np.int64) for length in lengths))
+        first, second = (int(np.sum(one < whole)) for one, whole in zip(kept, lengths, strict=True))
+        return first, second
+
+    def _cut(self, length_a: Ints, length_b: Ints) -> tuple[Ints, Ints]:
+        """What fits of both texts."""
+        if self._spec.second_length:
+            return np.minimum(length_a, self._room - self._most_b), np.minimum(length_b, self._most_b)
+        return trim(length_a, length_b, self._room)
 
 
 def _one_part(spec: RowSpec, row: Ints, document: Ints, offset: Ints, length: Ints) -> Fragments:

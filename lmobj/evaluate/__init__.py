@@ -75,6 +75,7 @@ from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task
 from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
 from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
 from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
+from lmobj.evaluate._written import write_targets
 
 __all__ = [
     "TASKS",
@@ -180,4 +181,5 @@ __all__ = [
     "uniformity",
     "unigram_top_k",
     "word_overlap",
+    "write_targets",
 ]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmobj.errors import UserError
-from lmobj.evaluate._cached import Generated, check_counts, extend, prefill
-from lmobj.models import Cache, CachedModel
+from lmobj.evaluate._cached import Generated, WritingModel, check_counts, extend, prefill
+from lmobj.models import Cache
 
 __all__ = ["BeamConfig", "beam_search"]
 
@@ -56,7 +56,7 @@ class _Beams(NamedTuple):
 
 
 def beam_search(
-    model: CachedModel,
+    model: WritingModel,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     *,
@@ -71,7 +71,7 @@ def beam_search(
     ones, or at `max_new_tokens`, where the open ones are closed as they are.
 
     Args:
-      model: a causal model with a cache.
+      model: a causal model with a cache, or a decoder beside what it reads (`lmobj.evaluate.write_targets`).
       prompts: token ids, padded on the right.
       lengths: tokens of each prompt, at least 1.
       settings: width, length and penalty.

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmobj.errors import UserError
-from lmobj.models import Cache, CachedModel, EncoderDecoderModel, LanguageModel
+from lmobj.models import Cache, EncoderDecoderModel, OutputHead
 
-__all__ = ["Generated", "check_counts", "check_reads_rows", "extend", "output_logits", "prefill"]
+__all__ = [
+    "Generated",
+    "HeadModel",
+    "WritingModel",
+    "check_counts",
+    "check_reads_rows",
+    "extend",
+    "output_logits",
+    "prefill",
+]
 
 _MOST = 2**20
 """Of tokens, samples, beams: more than any context or memory holds."""
+
+
+class HeadModel(Protocol):
+    """What turns hidden states into logits, as every model has it."""
+
+    def head_hidden(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]: ...
+
+    def head_table(self) -> OutputHead: ...
+
+
+class WritingModel(HeadModel, Protocol):
+    """What decoding asks of a model: a `lmobj.models.CachedModel` is one."""
+
+    def init_cache(self, batch_size: int, length: int) -> Cache: ...
+
+    def step(
+        self, tokens: Int[Array, "B T"], cache: Cache, positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Cache]: ...
 
 
 class Generated(NamedTuple):
@@ -48,7 +75,7 @@ def check_reads_rows(model: Any) -> None:
         )
 
 
-def output_logits(model: LanguageModel, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+def output_logits(model: HeadModel, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Logits over the real vocabulary (table rows that pad it are cut off), in float32 at least."""
     head = model.head_table()
     hidden = model.head_hidden(hidden)
@@ -62,7 +89,7 @@ def output_logits(model: LanguageModel, hidden: Float[Array, "... D"]) -> Float[
 
 
 def prefill(
-    model: CachedModel, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], room: int
+    model: WritingModel, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], room: int
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads the prompts: logits of the first new token, and a cache with room for P + `room` tokens."""
     rows, width = prompts.shape
@@ -74,7 +101,7 @@ def prefill(
 
 
 def extend(
-    model: CachedModel, tokens: Int[Array, " B"], cache: Cache, positions: Int[Array, " B"]
+    model: WritingModel, tokens: Int[Array, " B"], cache: Cache, positions: Int[Array, " B"]
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one more token per row; position -1 leaves a row's cache as it is."""
     hidden, cache = model.step(tokens[:, None], cache, positions[:, None])

@@ -25,11 +25,11 @@ from numpy.typing import ArrayLike
 from lmobj import masks
 from lmobj.errors import UserError
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
-from lmobj.evaluate._cached import Generated, output_logits
+from lmobj.evaluate._cached import Generated, HeadModel, output_logits
 from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.models import CachedModel, LanguageModel
 
-__all__ = ["DecodingConfig", "FilledMasks", "fill_masks", "generate"]
+__all__ = ["DecodingConfig", "FilledMasks", "check_prompts", "fill_masks", "generate", "sample_keys"]
 
 DecodingConfig = SamplingConfig | BeamConfig
 """How to decode, told apart by `name`."""
@@ -65,7 +65,7 @@ def generate(
             "by causal models that have `init_cache` and `step`."
         )
     rows = [np.asarray(prompt) for prompt in prompts]
-    _check_prompts(model, rows, eos)
+    check_prompts(model, rows, eos)
     lengths = np.array([len(row) for row in rows], np.int32)
     padded = np.zeros((len(rows), lengths.max()), np.int32)
     for i, row in enumerate(rows):
@@ -74,7 +74,7 @@ def generate(
     if isinstance(settings, BeamConfig):
         return jax.device_get(_search(graphdef, state, padded, lengths, settings, eos))
     count, samples = len(rows), settings.num_samples
-    keys = _sample_keys(settings.seed, count, samples)
+    keys = sample_keys(settings.seed, count, samples)
     settings = dataclasses.replace(settings, seed=0)  # so that another seed does not compile again
     padded, lengths = np.repeat(padded, samples, axis=0), np.repeat(lengths, samples)
     generated = jax.device_get(_sample(graphdef, state, padded, lengths, keys, settings, eos))
@@ -132,7 +132,7 @@ def _sample(
     return sample(nnx.merge(graphdef, state), prompts, lengths, keys, settings=settings, eos=eos)
 
 
-def _sample_keys(seed: int, prompts: int, samples: int) -> Key[Array, " PN"]:
+def sample_keys(seed: int, prompts: int, samples: int) -> Key[Array, " PN"]:
     """One key per (prompt, sample), prompt by prompt; more of either changes no key."""
     base = jax.random.key(seed, impl="threefry2x32")
 
@@ -142,7 +142,8 @@ def _sample_keys(seed: int, prompts: int, samples: int) -> Key[Array, " PN"]:
     return jax.vmap(key_of)(jnp.repeat(jnp.arange(prompts), samples), jnp.tile(jnp.arange(samples), prompts))
 
 
-def _check_prompts(model: CachedModel, prompts: list[np.ndarray], eos: int | None) -> None:
+def check_prompts(model: HeadModel, prompts: list[np.ndarray], eos: int | None) -> None:
+    """Refuses prompts without tokens, and ids outside the model's vocabulary."""
     head = model.head_table()
     vocab_size = head.vocab_size or head.table.shape[0]
     if not prompts:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj.errors import UserError
-from lmobj.evaluate._cached import Generated, check_counts, extend, prefill
+from lmobj.evaluate._cached import Generated, WritingModel, check_counts, extend, prefill
 from lmobj.evaluate._logit_filters import min_p_filter, repetition_penalty, top_k_filter, top_p_filter
-from lmobj.models import Cache, CachedModel
+from lmobj.models import Cache
 
 __all__ = ["SamplingConfig", "sample"]
 
@@ -73,7 +73,7 @@ class _State(NamedTuple):
 
 
 def sample(
-    model: CachedModel,
+    model: WritingModel,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     keys: Key[Array, " B"],
@@ -84,7 +84,7 @@ def sample(
     """One continuation per row; jit-able with `settings` and `eos` static.
 
     Args:
-      model: a causal model with a cache.
+      model: a causal model with a cache, or a decoder beside what it reads (`lmobj.evaluate.write_targets`).
       prompts: token ids, padded on the right.
       lengths: tokens of each prompt, at least 1.
       keys: one threefry key per row; token t is drawn with the key folded over t.

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from lmobj.data import Tokenizer
 from lmobj.errors import UserError
-from lmobj.evaluate._cached import check_reads_rows
+from lmobj.evaluate._cached import Generated, check_reads_rows
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.models import CachedModel, LanguageModel
 
-__all__ = ["Continuation", "Filling", "continue_text", "fill_text", "masked_tokens"]
+__all__ = ["Continuation", "Filling", "continuations", "continue_text", "fill_text", "masked_tokens"]
 
 
 class Continuation(NamedTuple):
@@ -34,7 +34,7 @@ class Continuation(NamedTuple):
 
 
 class Filling(NamedTuple):
-    """The guesses for one mask, most probable first."""
+    """The guesses for one mask, or for the span that a sentinel stands for; most probable first."""
 
     pieces: list[str]
     probabilities: list[float]
@@ -64,8 +64,11 @@ def continue_text(
     if not all(len(ids) for ids in encoded):
         raise UserError("the prompt is empty; accepted: a text of at least one character.")
     encoded = [np.concatenate([ids, np.array(suffix, np.int32)]) for ids in encoded]
-    eos = tokenizer.vocabulary.eos
-    generated = generate(model, encoded, settings, eos=eos)
+    return continuations(tokenizer, generate(model, encoded, settings, eos=tokenizer.vocabulary.eos))
+
+
+def continuations(tokenizer: Tokenizer, generated: Generated) -> list[list[Continuation]]:
+    """Generated rows [prompts, samples] with their texts."""
     results = []
     for tokens, log_probs, lengths in zip(generated.tokens, generated.log_probs, generated.lengths, strict=True):
         rows = zip(tokens, log_probs, lengths, strict=True)

@@ -35,10 +35,11 @@ from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._routed import Routed, with_router_losses
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._sequence_to_sequence import SequenceToSequence
 from lmobj.objectives._simcse import SimCSE
 from lmobj.objectives._span_boundary import SpanBoundary
 from lmobj.objectives._span_corruption import PrefixLM, SpanCorruption
-from lmobj.objectives._text_to_text import TextToText
+from lmobj.objectives._text_to_text import InputsToTargets, TextToText
 from lmobj.objectives._token_classification import TokenClassification
 from lmobj.objectives._transformer_xl import TransformerXL
 
@@ -52,6 +53,7 @@ __all__ = [
     "Example",
     "ExtractiveQA",
     "InBatchContrastive",
+    "InputsToTargets",
     "Judge",
     "MaskedDiffusion",
     "MaskedLM",
@@ -77,6 +79,7 @@ __all__ = [
     "Routed",
     "Rows",
     "SentenceOrderPrediction",
+    "SequenceToSequence",
     "SimCSE",
     "SpanBoundary",
     "SpanCorruption",

@@ -50,6 +50,7 @@ Task = Literal[
     "token_classification",
     "extractive_qa",
     "retrieval",
+    "sequence_to_sequence",
 ]
 
 Metric = tuple[Array, Array]
@@ -202,7 +203,8 @@ class Objective:
 
     @property
     def task(self) -> Task | None:
-        """Which task's figures `Terms.outputs` are judged by; None where losses and metrics say all."""
+        """Which task's figures `Terms.outputs`, or texts that the model writes, are judged by; None where losses and
+        metrics say all."""
         return None
 
     def use(self, length: int) -> RowUse | Mapping[str, RowUse]:

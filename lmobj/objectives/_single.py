@@ -17,6 +17,7 @@ from lmobj.objectives._regression import Regression
 from lmobj.objectives._relation import RelationClassification
 from lmobj.objectives._replaced_token_detection import ReplacedTokenDetection
 from lmobj.objectives._sentence_pairs import NextSentencePrediction, SentenceOrderPrediction
+from lmobj.objectives._sequence_to_sequence import SequenceToSequence
 from lmobj.objectives._simcse import SimCSE
 from lmobj.objectives._span_boundary import SpanBoundary
 from lmobj.objectives._span_corruption import PrefixLM, SpanCorruption
@@ -43,6 +44,7 @@ SingleObjective = (
     | RelationClassification
     | ReplacedTokenDetection
     | SentenceOrderPrediction
+    | SequenceToSequence
     | SimCSE
     | SpanBoundary
     | SpanCorruption

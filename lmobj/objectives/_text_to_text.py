@@ -30,7 +30,7 @@ from lmobj.objectives._causal_lm import check_token_loss, next_token_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, Terms
 from lmobj.objectives._tokens import hidden_states
 
-__all__ = ["Rooms", "TextToText", "end_token", "text_lengths", "written_states"]
+__all__ = ["InputsToTargets", "Rooms", "TextToText", "end_token", "text_lengths", "written_states"]
 
 
 class Rooms(NamedTuple):
@@ -43,12 +43,14 @@ class Rooms(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TextToText(Objective, abc.ABC):
-    """Base of the objectives that make inputs and targets of rows.
+class InputsToTargets(Objective, abc.ABC):
+    """Base of the objectives that make inputs and targets of rows, each of them closed by the end token.
 
-    A subclass implements `raw_length`, `rooms` and `denoise`.
+    A subclass implements `rows`, `raw_length`, `rooms` and `denoise`.
     """
 
+    fills_spans: ClassVar[bool] = False
+    """Whether targets are the spans that sentinels of the inputs stand for."""
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: str = ""
@@ -58,10 +60,8 @@ class TextToText(Objective, abc.ABC):
     `decoder`: one model does both, and inputs and targets together have `data.length` tokens."""
     decoder_start: Literal["pad", "bos", "eos"] = "pad"
     """What a decoder beside an encoder reads first: the padding token (T5), <s>, or </s> (BART)."""
-    documents: Literal["joined", "isolated"] = "joined"
-    """`joined`: a row goes on from one document to the next, as in T5; `isolated`: it is a piece of one document."""
     label_smoothing: float = 0.0
-    """Probability mass spread over the wrong words, in [0, 1)."""
+    """Share of the target's probability spread evenly over the whole vocabulary, in [0, 1) (the Transformer: 0.1)."""
     z_loss: float = 0.0
     """Factor of logsumexp(logits)^2, at least 0 (T5 1.1: 1e-4)."""
 
@@ -69,7 +69,6 @@ class TextToText(Objective, abc.ABC):
         for key, accepted in (
             ("rendering", ("encoder_decoder", "decoder")),
             ("decoder_start", ("pad", "bos", "eos")),
-            ("documents", ("joined", "isolated")),
         ):
             if getattr(self, key) not in accepted:
                 raise UserError(f"objective.{key} is {getattr(self, key)!r}; accepted: {', '.join(accepted)}.")
@@ -93,11 +92,6 @@ class TextToText(Objective, abc.ABC):
         if self.rendering == "decoder":
             return RowUse(rooms.joined, rooms.targets)
         return RowUse(rooms.inputs, rooms.targets, decoder_length=rooms.targets)
-
-    def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
-        """Rows of `raw_length` tokens; refuses a vocabulary without what the decoder reads first."""
-        self.start(vocab)
-        return RowSpec("packed" if self.documents == "joined" else "single", self.raw_length(length))
 
     def start(self, vocab: Vocabulary) -> int:
         """The token that the decoder reads first."""
@@ -134,6 +128,27 @@ class TextToText(Objective, abc.ABC):
         return next_token_terms(
             model, states, example, label_smoothing=self.label_smoothing, z_loss=self.z_loss, carried=carried
         )
+
+
+@dataclass(frozen=True)
+class TextToText(InputsToTargets, abc.ABC):
+    """Base of those that make both of one text.
+
+    A subclass implements `raw_length`, `rooms` and `denoise`.
+    """
+
+    documents: Literal["joined", "isolated"] = "joined"
+    """`joined`: a row goes on from one document to the next, as in T5; `isolated`: it is a piece of one document."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.documents not in ("joined", "isolated"):
+            raise UserError(f"objective.documents is {self.documents!r}; accepted: joined, isolated.")
+
+    def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
+        """Rows of `raw_length` tokens; refuses a vocabulary without what the decoder reads first."""
+        self.start(vocab)
+        return RowSpec("packed" if self.documents == "joined" else "single", self.raw_length(length))
 
 
 def written_states(model: Any, example: Example, ctx: Context) -> Float[Array, "B T D"]:

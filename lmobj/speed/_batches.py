@@ -82,8 +82,9 @@ def _one_segment(spec: RowSpec) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     else:
         before, after_first = prefix, suffix
     text = length - len(before) - len(after_first) - len(suffix)
-    first = before + [-1] * (text // 2) + after_first
+    second = spec.second_length - len(suffix) if spec.second_length else -(-text // 2)
+    first = before + [-1] * (text - second) + after_first
     types[len(first) :] = 1
     if spec.layout == "stream_pairs":
         types[-1] = 2
-    return np.array(first + [-1] * (text - text // 2) + suffix, np.int32), types
+    return np.array(first + [-1] * second + suffix, np.int32), types

@@ -93,6 +93,26 @@ def test_single_texts_lose_their_end(lengths, room, specials):
     assert laid_out(ExamplesPlan(np.array(lengths), None, spec), len(lengths), spec) == expected
 
 
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6), st.integers(1, 9))
+def test_texts_with_lengths_of_their_own_lose_their_ends_by_themselves(lengths, most):
+    spec = RowSpec("examples", 7 + most + 1, suffix=(8,), two_texts=True, second_length=most + 1)
+    plan = ExamplesPlan(np.array([a + b for a, b in lengths]), np.array([a for a, _ in lengths]), spec)
+    expected = []
+    for document, (one, two) in enumerate(lengths):
+        a = [*((document, i) for i in range(min(one, 6))), "s0"]
+        b = [*((document, one + i) for i in range(min(two, most))), "s0"]
+        expected.append(list(zip(a + b, range(len(a + b)), [0] * len(a) + [1] * len(b), strict=True)))
+    assert laid_out(plan, len(lengths), spec) == expected
+    assert plan.cut() == (sum(a > 6 for a, _ in lengths), sum(b > most for _, b in lengths))
+
+
+@pytest.mark.parametrize("second", [1, 8, 9])
+def test_a_second_text_that_leaves_no_room_is_refused(second):
+    spec = RowSpec("examples", 9, suffix=(8,), two_texts=True, second_length=second)
+    with pytest.raises(UserError, match=rf"RowSpec.second_length is {second} in rows of 9 tokens"):
+        ExamplesPlan(np.array([4]), np.array([2]), spec)
+
+
 def test_a_row_without_room_for_two_texts_is_refused():
     with pytest.raises(UserError, match="rows of 4 tokens, of which special tokens take 3; accepted: at least 5"):
         ExamplesPlan(np.array([4]), np.array([2]), RowSpec("examples", 4, (4,), (5,)))
@@ -145,6 +165,29 @@ def test_an_epoch_of_examples_holds_each_once_with_its_label(classes):
 @pytest.mark.parametrize("shares", SHARES[1:])
 def test_shares_of_examples(classes, shares):
     check_shares(classes[0], RowSpec("examples", 24, (4,), (5,), ("labels",)), shares)
+
+
+def test_pairs_are_whole_and_in_the_order_of_the_rows(classes):
+    dataset, truth = classes
+    spec = RowSpec("examples", 900, suffix=(3,), two_texts=True, second_length=450)
+    rows = dataset.rows(spec, split="validation", batch_size=4)
+    texts = [tuple(map(dataset.tokenizer.decode, pair)) for pair in dataset.pairs(spec, "validation")]
+    assert texts == [text for step in range(rows.steps_per_epoch) for text in read_back(dataset, rows.batch(step))]
+    assert set(texts) <= set(truth)
+    assert dataset.notes(spec, "validation") == ()
+
+
+def test_the_person_is_told_how_many_texts_are_cut(classes):
+    dataset, _ = classes
+    spec = RowSpec("examples", 70, suffix=(3,), two_texts=True, second_length=40)
+    pairs = list(dataset.pairs(spec, "train"))
+    cut = [sum(len(pair[i]) > room for pair in pairs) for i, room in enumerate((29, 39))]
+    assert all(0 < count < len(pairs) for count in cut)
+    assert dataset.notes(spec, "train") == (
+        f"train: sources that are cut to 30 tokens, their end included (data.length): {cut[0]} of {len(pairs)}.",
+        f"train: targets that are cut to 40 tokens, their end included (objective.target_length): {cut[1]} of "
+        f"{len(pairs)}.",
+    )
 
 
 def test_classes_of_a_mixture_are_those_of_all(classes, tmp_path):

@@ -168,6 +168,23 @@ def make_pairs(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
+def make_translations(rows: int = BATCH, *, first_row: int = 0) -> Batch:
+    """source EOS target EOS, most with padding; row r is the same in every batch."""
+    batch = {name: np.array(x) for name, x in make_batch(rows=rows, first_row=first_row).items()}
+    for row in range(rows):
+        draw = np.random.default_rng([6, first_row + row])
+        source, target = draw.integers(2, LENGTH // 2 + 1, 2)
+        texts = draw.integers(7, 40, source + target)
+        texts[[source - 1, -1]] = VOCAB.eos
+        batch["tokens"][row] = np.pad(texts, (0, LENGTH - len(texts)))
+        batch["segment_ids"][row] = np.arange(LENGTH) < len(texts)
+        batch["positions"][row] = np.arange(LENGTH) * batch["segment_ids"][row]
+    types = np.cumsum(batch["tokens"] == VOCAB.eos, axis=1) - (batch["tokens"] == VOCAB.eos)
+    batch["token_types"] = np.where(batch["segment_ids"], types, 0)
+    names = ("tokens", "segment_ids", "positions", "token_types", "row_ids")
+    return {name: jnp.asarray(batch[name], jnp.int32) for name in names}
+
+
 def make_tagged(rows: int = BATCH, *, first_row: int = 0) -> Batch:
     """`make_batch` with tags of three classes on some tokens; row r is the same in every batch."""
     batch = make_batch(rows=rows, first_row=first_row)
@@ -380,6 +397,19 @@ CASES: dict[str, Case] = {
     ),
     "multi_token_prediction/sequential": Case(
         objectives.MultiTokenPrediction(variant="sequential", tokens=3), {"model": DECODER}, packed=False
+    ),
+    "sequence_to_sequence": Case(
+        objectives.SequenceToSequence(target_length=LENGTH // 2, label_smoothing=0.1),
+        {"model": SEQ2SEQ},
+        make=make_translations,
+        packed=False,
+    ),
+    "sequence_to_sequence/decoder": Case(
+        objectives.SequenceToSequence(target_length=LENGTH // 2, rendering="decoder"),
+        {"model": DECODER},
+        make=make_translations,
+        packed=False,
+        variant=True,
     ),
     "span_boundary": Case(
         objectives.SpanBoundary(mask_rate=0.3, max_span=2, layout="packed"), {"model": ENCODER}, packed=False

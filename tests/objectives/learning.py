@@ -26,11 +26,11 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from lmobj.batch import Vocabulary
-from lmobj.models import DecoderConfig, EncoderConfig, ModelBuilder
+from lmobj.models import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelBuilder
 from lmobj.objectives import Objective, Role
 from lmobj.train.step import Program
 
-__all__ = ["DECODER", "ENCODER", "PairTopics", "Repeats", "Sums", "Topics", "Twins", "learn"]
+__all__ = ["DECODER", "ENCODER", "SEQ2SEQ", "PairTopics", "Repeats", "Reversals", "Sums", "Topics", "Twins", "learn"]
 
 Batches = dict[str, Any]
 """Named arrays [steps, B, ...]; of mixtures, member name -> such a dict."""
@@ -46,6 +46,18 @@ ENCODER = EncoderConfig(
     init_std=0.1,
     positions="rotary",
     pre_norm=True,
+    remat="none",
+)
+SEQ2SEQ = EncoderDecoderConfig(
+    layers=1,
+    width=32,
+    heads=2,
+    head_width=16,
+    mlp_width=64,
+    max_length=32,
+    positions="learned",
+    scale_attention=True,
+    vocab_multiple=1,
     remat="none",
 )
 
@@ -316,3 +328,42 @@ class PairTopics(_Language):
         tokens = np.concatenate([special(vocab.cls), a, sep, b, sep], axis=-1)
         types = np.broadcast_to(np.arange(self.length) >= each + 2, tokens.shape)
         return _batch(tokens, token_types=types.astype(np.int32), pair_labels=label, labels=label)
+
+
+@dataclass(frozen=True)
+class Reversals(_Language):
+    """Pairs: a source of evenly drawn words and, as target, the source from its end, each word of which is with
+    probability `surprise` any word at all. Rows are source EOS target EOS, both texts of 2 to `length` / 2 - 1 words.
+
+    For an encoder with a decoder. A word is known if the source is seen whole, the end because the lengths are equal:
+
+        ceiling = (n sure + 1) / (n + 1),   sure = (1 - surprise) + surprise / words,   of n words on average
+
+    Without the source, words are at 1 / words. A source that is cut, or a decoder that sees no further than a part of
+    it, leaves some words at 1 / words. Who sees the target is at 1: a surprise is told by nothing else.
+    """
+
+    length: int = 12
+    surprise: float = 0.25
+
+    @property
+    def ceiling(self) -> float:
+        """Best accuracy, ends included."""
+        sure = (1 - self.surprise) + self.surprise / self.words
+        mean = (2 + self.length // 2 - 1) / 2
+        return (mean * sure + 1) / (mean + 1)
+
+    def _batches(self, draw: np.random.Generator, steps: int, rows: int) -> Batches:
+        shape, most = (steps, rows, self.length), self.length // 2 - 1
+        count = draw.integers(2, most + 1, (steps, rows, 1))
+        words = FIRST + draw.integers(0, self.words, shape)
+        at = np.arange(self.length)
+        source = np.take_along_axis(words, np.broadcast_to(np.clip(2 * count - at, 0, most), shape), axis=-1)
+        surprises = draw.random(shape) < self.surprise
+        target = np.where(surprises, FIRST + draw.integers(0, self.words, shape), source)
+        tokens = np.where(at < count, words, target)
+        tokens = np.where((at == count) | (at == 2 * count + 1), 3, tokens)
+        real = at < 2 * count + 2
+        types = real & (at > count)
+        segments = real.astype(np.int32)
+        return _batch(np.where(real, tokens, 0), token_types=types.astype(np.int32), segment_ids=segments)
