@@ -11,6 +11,8 @@ A batch is a dict of arrays with standard names, rows first:
     pair_labels   [B]    int32   pairs and stream_pairs: 0 = B follows A, 1 = it does not (`RowSpec.pairing`)
     backward      [B]    bool    bidirectional streams only: the row reads its text from the end
     word_starts   [B, L] bool    on request: the token begins a word of the text, in whichever direction it is read
+    sentence_ends [B, L] bool    on request: the token is the last of a sentence of the text, in whichever direction it
+                                 is read; special tokens are in none
     token_bytes   [B, L] int32   on request: UTF-8 bytes that the token stands for (0 for special tokens)
 
 and on request, where examples have them:
@@ -68,6 +70,8 @@ Layout = Literal[
     "texts",
 ]
 Pairing = Literal["next_sentence", "sentence_order"]
+_SPELLED = {"bos": "<s>", "eos": "</s>", **{name: spellings[0] for name, spellings in SPELLINGS.items()}}
+"""Special tokens as messages write them."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,13 @@ class Vocabulary:
     def require(self, who: str, *names: str) -> tuple[int, ...]:
         """Ids of special tokens that `who` cannot do without, by their names here. Raises UserError naming those that
         are missing."""
-        missing = [f"no {SPELLINGS[name][0]}" for name in names if getattr(self, name) is None]
+        missing = [f"no {_SPELLED[name]}" for name in names if getattr(self, name) is None]
         if missing:
             remedy = f"set a tokenizer with {'it' if len(names) == 1 else 'both' if len(names) == 2 else 'them'}"
             for key, marks in (("denoiser_marks", DENOISER_MARKS), ("infilling_marks", INFILLING_MARKS)):
                 remedy = f"set data.tokenizer.{key} to true" if {*names} <= {*marks} else remedy
             raise UserError(
-                f"{who} needs {' and '.join(SPELLINGS[name][0] for name in names)}, and the vocabulary has "
+                f"{who} needs {' and '.join(_SPELLED[name] for name in names)}, and the vocabulary has "
                 f"{' and '.join(missing)}; {remedy}."
             )
         return tuple(getattr(self, name) for name in names)
@@ -151,8 +155,8 @@ class RowSpec:
       For `texts` they stand around each. For `pairs`, `examples` and `questions` the prefix opens the row and the
       suffix closes both A and B, and so for `choices` of each segment; for `stream_pairs` the suffix is (SEP, CLS), of
       which SEP closes A and both close B.
-    fields: further arrays wanted: `word_starts`, `token_bytes`, and where examples have them `labels`, `scores`,
-      `label_sets`, `tags`, `spans`, `text_ids`.
+    fields: further arrays wanted: `word_starts`, `sentence_ends`, `token_bytes`, and where examples have them `labels`,
+      `scores`, `label_sets`, `tags`, `spans`, `text_ids`.
     pairing: of `pairs`; what label 1 means: `next_sentence`: B is from another document (BERT); `sentence_order`: A
       and B are swapped (ALBERT).
     short_rate: of `pairs`; share of rows that are made shorter than `length`, by a length drawn evenly (BERT: 0.1).
@@ -202,6 +206,7 @@ def row_arrays(spec: RowSpec) -> dict[str, RowArray]:
         arrays["backward"] = RowArray("bool", ())
     asked = {
         "word_starts": RowArray("bool", token),
+        "sentence_ends": RowArray("bool", token),
         "token_bytes": RowArray("int32", token),
         "tags": RowArray("int32", token),
         "spans": RowArray("int32", (2,)),

@@ -28,7 +28,7 @@ from lmobj.errors import UserError
 
 __all__ = ["SPLITS", "Dataset"]
 
-_FIELDS = ("word_starts", "token_bytes", *LABEL_FIELDS)
+_FIELDS = ("word_starts", "sentence_ends", "token_bytes", *LABEL_FIELDS)
 _LABEL_KINDS = {"labels": "class", "scores": "number", "label_sets": "classes"}
 """The `label_kind` of each."""
 

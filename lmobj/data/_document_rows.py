@@ -92,6 +92,8 @@ class DocumentRows(Rows):
             batch["backward"] = backward
         if "word_starts" in spec.fields:
             batch["word_starts"] = self._word_starts(tokens, segments, found, backward)
+        if "sentence_ends" in spec.fields:
+            batch["sentence_ends"] = self._sentence_ends(shape, found, backward)
         if "token_bytes" in spec.fields:
             batch["token_bytes"] = np.where(segments > 0, self._tokenizer.piece_bytes[tokens], 0).astype(np.int32)
         for name in LABEL_FIELDS:
@@ -123,6 +125,17 @@ class DocumentRows(Rows):
                 flat[_spread(text, at.length, way)] = store.word_starts(at.document, at.offset, at.length)
                 flat[text[at.length > 0]] = True
         return starts
+
+    def _sentence_ends(
+        self, shape: tuple[int, int], found: list[tuple[RowSource, Fragments]], backward: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """As they were found when the text was prepared. The end of a row that cuts a sentence is none."""
+        ends = np.zeros(shape, np.bool_)
+        for source, at in found:
+            fragment, place = source.epochs.sentences.inside(at.document, at.offset, at.length)
+            first, way = _first_places(at, backward, self.spec.length)
+            ends.reshape(-1)[(first + way * (at.head_count))[fragment] + way[fragment] * place] = True
+        return ends
 
 
 def _labels(values: NDArray, found: list[tuple[RowSource, Fragments]]) -> NDArray:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmobj.batch import RowSpec
-from lmobj.data._pairs_plan import PairsPlan, Sentences
+from lmobj.data._pairs_plan import PairsPlan
 from lmobj.data._plan import (
     ExamplesPlan,
     Fragments,
@@ -24,6 +25,7 @@ from lmobj.data._plan import (
     epoch_key,
     shuffle_rows,
 )
+from lmobj.data._sentences import Sentences
 from lmobj.data._shards import TokenStore
 from lmobj.data._stream_plan import STREAM_LAYOUTS, StreamPairsPlan, StreamPlan, reads_backward
 
@@ -45,10 +47,13 @@ class Epochs:
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._lock = threading.Lock()
         self._fixed = self._fixed_plan()
-        pairs = spec.layout in ("pairs", "stream_pairs")
-        self._sentences = Sentences(store.sentence_ends, store.sentence_counts) if pairs else None
         self.per_epoch = self._plan(0).rows
         """Rows in an epoch, the same in every epoch."""
+
+    @cached_property
+    def sentences(self) -> Sentences:
+        """Those of all documents of the split."""
+        return Sentences(self.store.sentence_ends, self.store.sentence_counts)
 
     def lookup(self, rows: Ints) -> Fragments:
         """The fragments of these rows, whose `row` counts within `rows`."""
@@ -89,12 +94,12 @@ class Epochs:
             return self._plans[epoch]
 
     def _make_plan(self, epoch: int) -> Plan:
-        spec, sentences, lengths = self._spec, self._sentences, self.store.lengths
+        spec, lengths = self._spec, self.store.lengths
         order = None if self._once else self._key(epoch, "documents")
-        if spec.layout == "stream_pairs" and sentences is not None:
-            return StreamPairsPlan(lengths, sentences, spec, self._streams, order, self._key(epoch, "pairs"))
-        if sentences is not None:
-            return PairsPlan(sentences, spec, self._key(epoch, "pairs"))
+        if spec.layout == "stream_pairs":
+            return StreamPairsPlan(lengths, self.sentences, spec, self._streams, order, self._key(epoch, "pairs"))
+        if spec.layout == "pairs":
+            return PairsPlan(self.sentences, spec, self._key(epoch, "pairs"))
         if self._fixed is not None:
             return self._fixed
         packed = PackedPlan(lengths, spec, order)

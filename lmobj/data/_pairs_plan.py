@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmobj.batch import RowSpec
-from lmobj.data._plan import Fragments, Ints, Stretches, hashed, offsets_of, ragged, room, trim, two_parts
+from lmobj.data._plan import Fragments, Ints, Stretches, hashed, ragged, room, trim, two_parts
+from lmobj.data._sentences import Sentences
 from lmobj.errors import UserError
 
-__all__ = ["PairsPlan", "Sentences"]
+__all__ = ["PairsPlan"]
 
 _BLOCK = 1 << 20
 """Documents that are divided at once, so that temporaries stay small."""
@@ -39,39 +40,6 @@ _TRIES = 10
 """Draws of another document before the chunk's own is taken for it, as in BERT's code."""
 _SHORT, _LENGTH, _DIVISION, _LABEL, _CUT_A, _CUT_B, _SENTENCE, _DOCUMENT = range(8)
 """Purposes of draws; further tries of another document count on from the last."""
-
-
-class Sentences:
-    """Sentences of all documents, laid end to end and numbered through.
-
-    ends: [S] offset in its document after each sentence; every sentence has tokens. first: [N + 1] number of the first
-    sentence of each document, and S. documents: those that have sentences.
-    """
-
-    def __init__(self, ends: NDArray[np.integer], counts: NDArray[np.integer]):
-        """counts: [N] sentences per document."""
-        self.ends = np.asarray(ends)
-        self.first = offsets_of(counts)
-        self.documents = np.flatnonzero(counts).astype(np.int32)
-
-    def document(self, sentence: Ints) -> Ints:
-        """The document that each sentence is in."""
-        return np.searchsorted(self.first, sentence, side="right") - 1
-
-    def start(self, sentence: Ints, document: Ints) -> Ints:
-        """Offset at which each sentence begins in its document."""
-        return np.where(sentence == self.first[document], 0, self.ends[sentence - 1]).astype(np.int64)
-
-    def fill(self, begin: Ints, document: Ints, tokens: Ints) -> Ints:
-        """The sentence after the last of as few as have `tokens` tokens from `begin` on, at least one; or the end of
-        the document, if all have fewer."""
-        goal = self.start(begin, document) + tokens
-        low, high = begin, np.minimum(self.first[document + 1], begin + np.maximum(tokens, 1)) - 1
-        while (wide := low < high).any():
-            middle = (low + high) >> 1
-            short = self.ends[middle] < goal
-            low, high = np.where(wide & short, middle + 1, low), np.where(wide & ~short, middle, high)
-        return low + 1
 
 
 class PairsPlan:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmobj.batch import RowSpec
-from lmobj.data._pairs_plan import Sentences
 from lmobj.data._plan import Fragments, Ints, PackedPlan, hashed, offsets_of
+from lmobj.data._sentences import Sentences
 from lmobj.errors import UserError
 
 __all__ = ["STREAM_LAYOUTS", "StreamPairsPlan", "StreamPlan", "reads_backward"]

@@ -5,6 +5,7 @@ Callers vmap over rows with one key per row. Nothing here knows a model or an ob
 
 from __future__ import annotations
 
+from lmobj.noise._counts import ceil_share
 from lmobj.noise._diffusion import DiffusedTokens, diffuse_tokens
 from lmobj.noise._dropout import dropout
 from lmobj.noise._fill_in_middle import FilledInMiddle, fill_in_middle, join_middle
@@ -26,7 +27,15 @@ from lmobj.noise._permutation import (
     span_targets,
 )
 from lmobj.noise._replaced_tokens import ReplacedTokens, mask_tokens_electra, replace_tokens
-from lmobj.noise._row_noise import NoisedRow, infill_spans, insert_tokens, permute_sentences, rotate_row, whole_row
+from lmobj.noise._row_noise import (
+    LONGEST_MEAN,
+    NoisedRow,
+    infill_spans,
+    insert_tokens,
+    permute_sentences,
+    rotate_row,
+    whole_row,
+)
 from lmobj.noise._sentinels import Denoised, join_spans, prefix_inputs_targets, sentinel_inputs_targets
 from lmobj.noise._span_corruption import (
     noise_spans,
@@ -41,6 +50,7 @@ from lmobj.noise._token_dropout import drop_tokens
 from lmobj.noise._whole_words import mask_whole_words
 
 __all__ = [
+    "LONGEST_MEAN",
     "Denoised",
     "DiffusedTokens",
     "FilledInMiddle",
@@ -50,6 +60,7 @@ __all__ = [
     "PermutationRanks",
     "PermutedTokens",
     "ReplacedTokens",
+    "ceil_share",
     "check_permutation",
     "diffuse_tokens",
     "drop_tokens",

@@ -30,9 +30,9 @@ from lmobj.errors import UserError
 from lmobj.noise._counts import ceil_share, check_rates
 from lmobj.noise._masking import selection_scores
 
-__all__ = ["NoisedRow", "infill_spans", "insert_tokens", "permute_sentences", "rotate_row", "whole_row"]
+__all__ = ["LONGEST_MEAN", "NoisedRow", "infill_spans", "insert_tokens", "permute_sentences", "rotate_row", "whole_row"]
 
-_LONGEST_MEAN = 16.0
+LONGEST_MEAN = 16.0
 """Of the Poisson lengths: the chance of 0 is then still above the 1e-7 at which they end."""
 
 
@@ -273,9 +273,9 @@ def _poisson_chances(mean: float) -> np.ndarray:
 
 def _check_infilling(mask_rate: Any, mean_span: float | None, random_share: Any, vocab_size: int, replace: str) -> None:
     check_rates(mask_rate=mask_rate, random_share=random_share)
-    if mean_span is not None and not 0.0 < mean_span <= _LONGEST_MEAN:
+    if mean_span is not None and not 0.0 < mean_span <= LONGEST_MEAN:
         raise UserError(
-            f"mean_span is {mean_span}; it is the mean of Poisson lengths, above 0 and at most {_LONGEST_MEAN:g}, or "
+            f"mean_span is {mean_span}; it is the mean of Poisson lengths, above 0 and at most {LONGEST_MEAN:g}, or "
             "None for spans of one word."
         )
     if vocab_size < 2:

@@ -3,6 +3,7 @@
 from lmobj.objectives._bi_encoder import BiEncoder, Pooling
 from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
+from lmobj.objectives._denoising_autoencoder import DenoisingAutoencoder
 from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_diffusion import MaskedDiffusion
@@ -50,6 +51,7 @@ __all__ = [
     "Classification",
     "Context",
     "Denoiser",
+    "DenoisingAutoencoder",
     "Example",
     "ExtractiveQA",
     "InBatchContrastive",

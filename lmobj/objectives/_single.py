@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
+from lmobj.objectives._denoising_autoencoder import DenoisingAutoencoder
 from lmobj.objectives._extractive_qa import ExtractiveQA
 from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
@@ -29,6 +30,7 @@ __all__ = ["SingleObjective"]
 SingleObjective = (
     CausalLM
     | Classification
+    | DenoisingAutoencoder
     | ExtractiveQA
     | InBatchContrastive
     | MaskedDiffusion

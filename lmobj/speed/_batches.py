@@ -43,6 +43,7 @@ def synthetic_batch(spec: RowSpec, rows: int, vocab: Vocabulary, index: int) -> 
         "token_types": np.tile(types, (rows, 1)),
         "backward": np.arange(rows) >= rows // 2,
         "word_starts": ~text | (rng.random(shape) < 0.7),
+        "sentence_ends": text & (rng.random(shape) < 0.05),
         "token_bytes": np.where(text, rng.integers(1, 7, shape), 0),
         "tags": np.where(text, drawn % 2, NO_TAG),
         "text_ids": np.arange(rows * spec.texts).reshape(rows, spec.texts),  # no two texts are equal

@@ -15,8 +15,9 @@ from scipy import stats
 from lmobj.batch import RowSpec
 from lmobj.data import Dataset, _pairs_plan
 from lmobj.data._epochs import Epochs
-from lmobj.data._pairs_plan import PairsPlan, Sentences
+from lmobj.data._pairs_plan import PairsPlan
 from lmobj.data._plan import Fragments
+from lmobj.data._sentences import Sentences
 from lmobj.errors import UserError
 
 PAIRINGS = ("next_sentence", "sentence_order")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmobj.batch import RowSpec
-from lmobj.data._pairs_plan import PairsPlan, Sentences
+from lmobj.data._pairs_plan import PairsPlan
 from lmobj.data._plan import (
     Fragments,
     PackedPlan,
@@ -17,6 +17,7 @@ from lmobj.data._plan import (
     permutation,
     shuffle_rows,
 )
+from lmobj.data._sentences import Sentences
 from lmobj.data._stream_plan import StreamPlan
 from lmobj.errors import UserError
 

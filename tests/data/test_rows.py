@@ -18,7 +18,9 @@ LAYOUTS = ("packed", "single", "stream", "pairs", "stream_pairs")
 
 def spec_of(layout: str, length: int = 16, **changes: bool) -> RowSpec:
     prefix, suffix, reuse = ((), (5, 4), 5) if layout == "stream_pairs" else ((4,), (5,), 0)
-    return RowSpec(layout, length, prefix, suffix, ("word_starts", "token_bytes"), reuse=reuse, **changes)
+    return RowSpec(
+        layout, length, prefix, suffix, ("word_starts", "sentence_ends", "token_bytes"), reuse=reuse, **changes
+    )
 
 
 def check_arrays(dataset: Dataset, batch: dict, spec: RowSpec) -> None:
@@ -40,7 +42,9 @@ def check_arrays(dataset: Dataset, batch: dict, spec: RowSpec) -> None:
             assert positions[inside].tolist() == list(range(len(inside)))
     expected = np.where(batch["segment_ids"] > 0, dataset.tokenizer.piece_bytes[batch["tokens"]], 0)
     assert np.array_equal(batch["token_bytes"], expected)
-    assert batch["word_starts"].dtype == np.bool_
+    for name in ("word_starts", "sentence_ends"):
+        assert batch[name].shape == (rows, spec.length)
+        assert batch[name].dtype == np.bool_
 
 
 def text_of(dataset: Dataset, batch: dict) -> list[list[int]]:
@@ -233,6 +237,33 @@ def test_backward_rows_are_the_text_from_its_end(dataset, monkeypatch, stored):
     assert 0.1 < np.mean(checked) < 0.9
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, "examples"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_sentence_ends_follow_their_tokens(dataset, layout, split):
+    """Slow reference: each token of each fragment looked up among the sentences of its document."""
+    backward = "stream" in layout
+    spec = spec_of(layout, 24, bidirectional=backward)
+    rows = dataset.rows(spec, split=split, seed=1, batch_size=10)
+    store = rows._sources[0].epochs.store
+    ends = np.split(store.sentence_ends, np.cumsum(store.sentence_counts)[:-1])
+    marked = 0
+    for step in (0, 2):
+        batch = rows.batch(step)
+        at = rows._sources[0].epochs.lookup(np.arange(step * 10, step * 10 + 10))
+        expected = np.zeros_like(batch["sentence_ends"])
+        for i in range(len(at.row)):
+            size = int(at.head_count[i] + at.length[i] + at.tail_count[i])
+            columns = list(range(int(at.column[i]), int(at.column[i]) + size))
+            if backward and batch["backward"][at.row[i]]:
+                columns.reverse()
+            for j in range(int(at.length[i])):
+                column = columns[int(at.head_count[i]) + j]
+                expected[at.row[i], column] = int(at.offset[i]) + j + 1 in ends[int(at.document[i])]
+        np.testing.assert_array_equal(batch["sentence_ends"], expected)
+        marked += expected.sum()
+    assert marked > 10
+
+
 def test_specials_are_cut_at_row_ends_like_text(dataset):
     # Prefix and suffix of several tokens, rows so short that they are cut: read back, nothing is missing or moved.
     spec = RowSpec("packed", 3, (4, 6), (5, 6, 5))
@@ -266,7 +297,7 @@ def test_closing_an_endless_iterator_stops_its_threads(dataset):
         ({"batch_size": 2, "split": "dev"}, "split is 'dev'; accepted: train, validation, test"),
         (
             {"batch_size": 2, "spec": RowSpec("packed", 8, fields=("pos",))},
-            "'pos'; accepted: word_starts, token_bytes, labels, scores",
+            "'pos'; accepted: word_starts, sentence_ends, token_bytes, labels",
         ),
         ({"batch_size": 2, "spec": RowSpec("single", 2, (4,), (5,))}, "rows of 2 tokens"),
     ],

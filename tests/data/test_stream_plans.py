@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lmobj.batch import RowSpec
-from lmobj.data._pairs_plan import Sentences
 from lmobj.data._plan import Fragments, PackedPlan, epoch_key, permutation
+from lmobj.data._sentences import Sentences
 from lmobj.data._stream_plan import StreamPairsPlan, StreamPlan, reads_backward
 from lmobj.errors import UserError
 

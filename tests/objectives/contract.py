@@ -65,6 +65,24 @@ XLNET = XLNetConfig(layers=2, width=16, heads=2, memory_length=10, **DROPOUT)
 TRANSFORMER_XL = dataclasses.replace(
     XLNET, direction="backward", segments=False, query_stream=False, untie_biases=False
 )
+BART = EncoderDecoderConfig(
+    layers=2,
+    width=16,
+    heads=2,
+    head_width=None,
+    mlp_width=32,
+    max_length=2 * LENGTH,
+    positions="learned",
+    norm="layernorm",
+    pre_norm=False,
+    embedding_norm=True,
+    activation="gelu_exact",
+    bias=True,
+    tie_embeddings=True,
+    output_bias=True,
+    scale_attention=True,
+    **DROPOUT,
+)
 
 
 @dataclass(frozen=True)
@@ -192,6 +210,13 @@ def make_tagged(rows: int = BATCH, *, first_row: int = 0) -> Batch:
     return batch | {"tags": jnp.where(batch["segment_ids"] > 0, jnp.asarray(np.stack(tags), jnp.int32), NO_TAG)}
 
 
+def make_sentences_ended(rows: int = BATCH, *, first_row: int = 0) -> Batch:
+    """`make_batch` with a sentence's end at about every fifth token; row r is the same in every batch."""
+    ends = [np.random.default_rng([6, row]).random(LENGTH) < 0.2 for row in range(first_row, first_row + rows)]
+    batch = make_batch(rows=rows, first_row=first_row)
+    return batch | {"sentence_ends": jnp.asarray(np.stack(ends)) & (batch["segment_ids"] > 0)}
+
+
 def make_questions(rows: int = BATCH, *, first_row: int = 0) -> Batch:
     """`make_pairs` with an answer in B, or in every third row none; row r is the same in every batch."""
     batch = make_pairs(rows=rows, first_row=first_row)
@@ -279,7 +304,7 @@ def make_texts(seed: int = 0, rows: int = BATCH, length: int = LENGTH, *, first_
     return batch | {"row_ids": jnp.stack([jnp.zeros_like(numbers), numbers], 1)}
 
 
-_TOKEN_FIELDS = ("tokens", "segment_ids", "positions", "token_types", "word_starts", "token_bytes")
+_TOKEN_FIELDS = ("tokens", "segment_ids", "positions", "token_types", "word_starts", "sentence_ends", "token_bytes")
 
 
 def pad_columns(batch: Batch, extra: int) -> Batch:
@@ -408,6 +433,22 @@ CASES: dict[str, Case] = {
         objectives.SequenceToSequence(target_length=LENGTH // 2, rendering="decoder"),
         {"model": DECODER},
         make=make_translations,
+        packed=False,
+        variant=True,
+    ),
+    "denoising_autoencoder": Case(
+        objectives.DenoisingAutoencoder(rotate_rate=0.5),
+        {"model": BART},
+        make=make_sentences_ended,
+        packed=False,
+        unused=(),
+    ),
+    "denoising_autoencoder/decoder": Case(
+        objectives.DenoisingAutoencoder(
+            rendering="decoder", unit="tokens", replace="token", random_share=0.5, insert_rate=0.1
+        ),
+        {"model": dataclasses.replace(DECODER, max_length=4 * LENGTH)},
+        make=make_sentences_ended,
         packed=False,
         variant=True,
     ),

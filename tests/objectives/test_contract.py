@@ -54,7 +54,7 @@ SYSTEMS = ["causal_lm", "masked_lm", "permutation_lm", "replaced_token_detection
 """One of each kind of objective and model. What takes a program of its own is slow for the others, their relatives."""
 
 
-SLOW = ["causal_lm/experts"]
+SLOW = ["causal_lm/experts", "denoising_autoencoder/decoder"]
 """Slow tests altogether; what is particular to them is in their own files."""
 
 
