@@ -1,7 +1,7 @@
 """Mutants: small, deliberate errors that the tests must notice.
 
     MUTANTS = [
-        Mutant("target shifted by two", _causal_lm, "_shift_left", lambda shift: lambda x: shift(shift(x))),
+        Mutant("target shifted by two", _causal_lm, "shift_left", lambda shift: lambda x: shift(shift(x))),
         Mutant("no epsilon", MaskedLM, "epsilon", lambda _: {}),
     ]
 

@@ -4,6 +4,7 @@ from lmobj.objectives._bi_encoder import BiEncoder, Pooling
 from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
+from lmobj.objectives._fill_in_middle import FillInMiddle
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
@@ -48,6 +49,7 @@ __all__ = [
     "Context",
     "Example",
     "ExtractiveQA",
+    "FillInMiddle",
     "InBatchContrastive",
     "Judge",
     "MaskedDiffusion",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -18,10 +18,20 @@ from lmobj import losses, masks
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import LanguageModel
-from lmobj.objectives._objective import Context, Example, Judge, Models, Objective, Terms, token_metrics
+from lmobj.objectives._objective import Context, Example, Judge, Metric, Models, Objective, Terms, token_metrics
 from lmobj.objectives._tokens import head_stats, hidden_states
 
-__all__ = ["CausalLM", "check_token_loss", "next_token_example", "next_token_terms"]
+__all__ = [
+    "CausalLM",
+    "NextTokenLosses",
+    "as_one_text",
+    "bits_per_byte",
+    "check_token_loss",
+    "next_token_example",
+    "next_token_losses",
+    "next_token_terms",
+    "shift_left",
+]
 
 
 @dataclass(frozen=True)
@@ -91,8 +101,7 @@ class CausalLM(Objective):
         """
         segments, positions = batch["segment_ids"], batch["positions"]
         if self.documents == "joined":
-            segments = (segments > 0).astype(segments.dtype)
-            positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+            segments, positions = as_one_text(segments)
         predicted = batch["token_types"] == 1 if self.loss_on == "completion" else None
         return next_token_example(batch, segments, positions, predicted)
 
@@ -113,6 +122,12 @@ def check_token_loss(label_smoothing: float, z_loss: float) -> None:
         raise UserError(f"objective.z_loss is {z_loss}; it must be at least 0.")
 
 
+def as_one_text(segments: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
+    """Segments and positions of rows that run on from document to document."""
+    positions = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    return (segments > 0).astype(segments.dtype), positions
+
+
 def next_token_example(
     batch: Batch,
     segments: Int[Array, "B L"],
@@ -128,20 +143,45 @@ def next_token_example(
       predicted: the tokens that are predicted; by default all.
     """
     tokens = batch["tokens"]
-    weights = ((segments == _shift_left(segments)) & (segments > 0)).astype(jnp.float32)
+    weights = ((segments == shift_left(segments)) & (segments > 0)).astype(jnp.float32)
     if predicted is not None:
-        weights = weights * _shift_left(predicted)
+        weights = weights * shift_left(predicted)
     if "loss_mask" in batch:
-        weights = weights * _shift_left(batch["loss_mask"])
-    extra = {"target_bytes": _shift_left(batch["token_bytes"])} if "token_bytes" in batch else {}
+        weights = weights * shift_left(batch["loss_mask"])
+    extra = {"target_bytes": shift_left(batch["token_bytes"])} if "token_bytes" in batch else {}
     return Example(
         inputs=tokens,
-        targets=_shift_left(tokens),
+        targets=shift_left(tokens),
         weights=weights,
         mask=masks.causal().packed(segments),
         positions=positions,
         extra=extra,
     )
+
+
+class NextTokenLosses(NamedTuple):
+    """Of each target."""
+
+    loss: Float[Array, "B N"]
+    """label_smoothed_nll + z_loss * logsumexp(logits)^2."""
+    nll: Float[Array, "B N"]
+    correct: Bool[Array, "B N"]
+
+
+def next_token_losses(
+    model: LanguageModel,
+    hidden: Float[Array, "B L D"],
+    example: Example,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+) -> NextTokenLosses:
+    """What each target costs, from the hidden states of `next_token_example`'s rows."""
+    head = model.head_table()
+    stats = head_stats(model.head_hidden(hidden), head, example.targets)
+    classes = head.vocab_size or head.table.shape[0]
+    loss = losses.label_smoothed_nll(stats, epsilon=label_smoothing, num_classes=classes)
+    return NextTokenLosses(loss + z_loss * losses.z_loss(stats), losses.nll(stats), stats.correct)
 
 
 def next_token_terms(
@@ -153,23 +193,19 @@ def next_token_terms(
     z_loss: float,
     carried: Any,
 ) -> Terms:
-    """`nll` from the hidden states of `next_token_example`'s rows, and its metrics.
-
-    Per token: label_smoothed_nll + z_loss * logsumexp(logits)^2. The metrics are of the nll alone.
-    """
-    head = model.head_table()
-    stats = head_stats(model.head_hidden(hidden), head, example.targets)
-    classes = head.vocab_size or head.table.shape[0]
-    loss = losses.label_smoothed_nll(stats, epsilon=label_smoothing, num_classes=classes)
-    loss = loss + z_loss * losses.z_loss(stats)
-    nll = losses.nll(stats)
-    metrics = token_metrics(nll, example.weights, stats.correct)
+    """`nll` from `next_token_losses`, and its metrics, which are of the nll alone."""
+    found = next_token_losses(model, hidden, example, label_smoothing=label_smoothing, z_loss=z_loss)
+    metrics = token_metrics(found.nll, example.weights, found.correct)
     if "target_bytes" in example.extra:
-        bits = jnp.sum(nll * example.weights) / math.log(2)
-        metrics["bits_per_byte"] = (bits, jnp.sum(example.extra["target_bytes"] * example.weights))
-    return Terms({"nll": jnp.sum(loss * example.weights)}, metrics, carried)
+        metrics["bits_per_byte"] = bits_per_byte(found.nll, example.weights, example.extra["target_bytes"])
+    return Terms({"nll": jnp.sum(found.loss * example.weights)}, metrics, carried)
 
 
-def _shift_left(x: Array) -> Array:
+def bits_per_byte(nll: Float[Array, "B N"], weights: Float[Array, "B N"], target_bytes: Int[Array, "B N"]) -> Metric:
+    """The nll of the targets in bits, over their bytes."""
+    return jnp.sum(nll * weights) / math.log(2), jnp.sum(target_bytes * weights)
+
+
+def shift_left(x: Array) -> Array:
     """x[:, t+1] at t; 0 at the end."""
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._extractive_qa import ExtractiveQA
+from lmobj.objectives._fill_in_middle import FillInMiddle
 from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
@@ -27,6 +28,7 @@ SingleObjective = (
     CausalLM
     | Classification
     | ExtractiveQA
+    | FillInMiddle
     | InBatchContrastive
     | MaskedDiffusion
     | MaskedLM

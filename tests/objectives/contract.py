@@ -25,7 +25,9 @@ from lmobj.objectives import Objective
 from lmobj.train.step import Program, State
 
 BATCH, LENGTH = 8, 16
-VOCAB = Vocabulary(size=40, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6)
+VOCAB = Vocabulary(
+    size=40, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6, fim_prefix=37, fim_suffix=38, fim_middle=39
+)
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
 DECODER = DecoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
 ENCODER = EncoderConfig(layers=2, width=16, heads=2, max_length=2 * LENGTH, **DROPOUT)
@@ -272,6 +274,18 @@ CASES: dict[str, Case] = {
         objectives.Routed(objectives.CausalLM()),
         {"model": dataclasses.replace(DECODER, moe=MoEConfig(experts=4, capacity_factor=None))},
         packed=False,  # its terms have other weights than tokens
+    ),
+    "fill_in_middle": Case(
+        objectives.FillInMiddle(fim_rate=0.7, max_documents=2, label_smoothing=0.1, z_loss=1e-3),
+        {"model": DECODER},
+        make=lambda **rows: make_batch(length=LENGTH - 6, **rows),
+    ),
+    "fill_in_middle/joined": Case(
+        objectives.FillInMiddle(documents="joined", max_documents=2),
+        {"model": DECODER},
+        make=lambda **rows: make_batch(length=LENGTH - 6, **rows),
+        per_document=False,
+        variant=True,
     ),
     "masked_lm": Case(objectives.MaskedLM(mask_rate=0.3, max_predictions=6), {"model": ENCODER}, sees_later=True),
     "masked_lm/bernoulli": Case(

@@ -168,7 +168,7 @@ MUTANTS = [
     (Mutant("memory is not carried", TransformerXL, "terms", _forgets), CUT),
     (Mutant("documents by themselves", TransformerXL, "corrupt", _by_document), TARGETS),
     (Mutant("a mask of both sides", masks, "causal", lambda _: masks.bidirectional), TARGETS),
-    (Mutant("target two ahead", _causal_lm, "_shift_left", lambda f: lambda x: f(f(x))), TARGETS),
+    (Mutant("target two ahead", _causal_lm, "shift_left", lambda f: lambda x: f(f(x))), TARGETS),
     (Mutant("every position counts", TransformerXL, "corrupt", _every_position_counts), TARGETS),
     (Mutant("memory is invisible", masks.AttentionMask, "with_memory", lambda f: lambda m, v: f(m, v & False)), CUT),
 ]
