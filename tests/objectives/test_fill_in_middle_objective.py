@@ -78,7 +78,7 @@ def test_psm_by_hand() -> None:
 
 
 def test_spm_by_hand() -> None:
-    """x | PRE SUF c MID a b EOS | y z. How much of a b is the prefix does not show, so the middle is b, a b or empty."""
+    """x | PRE SUF c MID a b EOS | y z. The row does not tell prefix and middle apart: that is b, a b or nothing."""
     tokens = (7, PRE, SUF, 10, MID, 8, 9, EOS, 11, 12)
     rows = found_rows(FillInMiddle(), *tokens)
     for row in rows:
