@@ -1,7 +1,7 @@
 """Mutants: small, deliberate errors that the tests must notice.
 
     MUTANTS = [
-        Mutant("target shifted by two", _causal_lm, "_ahead", lambda f: lambda x, places: f(x, 2 * places)),
+        Mutant("target shifted by two", _causal_lm, "ahead", lambda f: lambda x, places=1: f(x, 2 * places)),
         Mutant("no epsilon", MaskedLM, "epsilon", lambda _: {}),
     ]
 

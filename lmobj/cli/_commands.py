@@ -352,20 +352,32 @@ def generate(
 def fill(
     run: Run,
     text: Annotated[
-        str, typer.Argument(metavar="TEXT", help='Text with masks, such as "Paris is the [MASK] of France."')
+        str,
+        typer.Argument(metavar="TEXT", help='Text with masks, such as "Paris is the [MASK] of France.", or one hole.'),
     ],
     top: Annotated[int, typer.Option(help="Guesses to show for each mask.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option("--tokens", help="Most tokens to write into a hole.")] = 128,
     best: Best = False,
 ) -> None:
-    """Guess the masked words of a text with a masked language model."""
-    from lmobj.cli._decoding import print_fillings
+    """Guess the masked words of a text with a masked language model, or fill in the middle of one.
+
+    Example: lmobj fill runs/bert "Paris is the [MASK] of France."
+
+    Example: lmobj fill runs/fill_in_middle "The function <fim_middle> of the list."
+    """
+    from lmobj.cli._decoding import print_fillings, print_infilling
+    from lmobj.evaluate import SamplingConfig
     from lmobj.train.trained import on_one_device, open_run
 
     keep_programs()
     experiment = _experiment(run)
     trained = open_run(on_one_device(experiment), best=best)
     tell_weights(experiment)
-    print_fillings(*trained.fill_text(text, top))
+    if trained.fills_middles:
+        greedy = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+        print_infilling(*trained.infill_text(text, greedy))
+    else:
+        print_fillings(*trained.fill_text(text, top))
 
 
 @app.command(rich_help_panel="Configs")

@@ -7,9 +7,9 @@ from typing import Any
 
 from lmobj.data import Tokenizer
 from lmobj.errors import UserError
-from lmobj.evaluate import BeamConfig, Continuation, DecodingConfig, Filling, SamplingConfig, text_statistics
+from lmobj.evaluate import BeamConfig, Continuation, DecodingConfig, Filling, Infilling, SamplingConfig, text_statistics
 
-__all__ = ["print_continuations", "print_fillings", "print_statistics", "settings"]
+__all__ = ["print_continuations", "print_fillings", "print_infilling", "print_statistics", "settings"]
 
 _STATISTICS = {
     "distinct_1": "distinct tokens / tokens",
@@ -74,3 +74,10 @@ def print_fillings(text: str, fillings: Sequence[Filling]) -> None:
         print(f"\nmask {number}")
         for piece, probability in zip(filling.pieces, filling.probabilities, strict=True):
             print(f"{probability:8.1%}  {piece.strip() or repr(piece)}")
+
+
+def print_infilling(found: Infilling) -> None:
+    """The text with its middle filled in, then the middle alone with its log-probability in nats."""
+    print(found.before + found.middle + found.after)
+    print("\nmiddle" if found.ended else f"\nmiddle, cut after {len(found.log_probs)} tokens")
+    print(f"{sum(map(float, found.log_probs)):8.3f}  {found.middle!r}")

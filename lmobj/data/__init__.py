@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lmobj.data._augment_config import Augmentation, Synonyms
 from lmobj.data._cleaning_config import CleaningConfig, LanguageFilter, NearDuplicates, SegmentationConfig, StopWords
 from lmobj.data._config import DataConfig, HeldOut, SentencePieceConfig, Source
+from lmobj.data._fill_in_middle import DocumentFillInMiddle
 from lmobj.data._inputs import InputFile, Tally, find_inputs, open_bytes
 from lmobj.data._source_config import (
     JsonLines,
@@ -56,6 +57,7 @@ __all__ = [
     "ConllFiles",
     "DataConfig",
     "Dataset",
+    "DocumentFillInMiddle",
     "HeldOut",
     "HostBatch",
     "Indices",

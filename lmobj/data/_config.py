@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 from lmobj._pieces import DENOISER_MARKS, INFILLING_MARKS, SPELLINGS, sentinel
 from lmobj.data._augment_config import Augmentation
 from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
+from lmobj.data._fill_in_middle import DocumentFillInMiddle
 from lmobj.data._source_config import MixtureSource, SingleSource, StdlibSource, TfdsSource, check_choice
 from lmobj.data._task_source_config import TaskSource
 from lmobj.errors import UserError
@@ -130,6 +131,9 @@ class DataConfig:
     """How sentences and words are found."""
     augment: Augmentation | None = None
     """Copies of training documents in other words; null: none."""
+    fill_in_middle: DocumentFillInMiddle | None = None
+    """Middles of training documents moved to their end, with marks (data.tokenizer.infilling_marks); null: none. For
+    causal language models, which then fill in the middle of a text."""
     length: int = 128
     """Tokens in a row of the model's input; at least 2."""
     validation: float | HeldOut = 0.05
@@ -157,6 +161,25 @@ class DataConfig:
         if self.workers is not None and self.workers < 1:
             raise UserError(f"data.workers is {self.workers}; accepted: 1 or more, or absent for one per core.")
         self.held_out  # noqa: B018 - refuses what cannot be
+        if self.fill_in_middle is not None:
+            self._check_single_texts()
+
+    def _check_single_texts(self) -> None:
+        """Refuses documents that data.fill_in_middle could not cut."""
+        if isinstance(self.source, TaskSource):
+            raise UserError(
+                f"data.fill_in_middle moves the middle of texts, and data.source.name is {self.source.name!r}, which "
+                f"has {self.source.holds}; accepted: a source of texts, or no data.fill_in_middle."
+            )
+        sources: dict[str, object] = {"data.source": self.source}
+        if isinstance(self.source, MixtureSource):
+            sources = {f"data.source.sources.{name}.source": one.source for name, one in self.source.sources.items()}
+        for key, source in sources.items():
+            if getattr(source, "pair", None) is not None:
+                raise UserError(
+                    f"data.fill_in_middle moves the middle of single texts, and {key}.pair is {source.pair!r}, which "
+                    "makes each document two; accepted: no pair, or no data.fill_in_middle."
+                )
 
     @property
     def shares(self) -> Shares:

@@ -35,6 +35,7 @@ from lmobj.data._config import DataConfig
 from lmobj.data._corpus import Corpus
 from lmobj.data._dataset import Dataset
 from lmobj.data._extras import versions
+from lmobj.data._fill_in_middle import Rearrangement, open_rearrangement
 from lmobj.data._finish import finish, sweep
 from lmobj.data._parts import Work, digest_json, temporary_name
 from lmobj.data._progress import progress_bar
@@ -82,7 +83,8 @@ def prepare(config: DataConfig, *, quiet: bool = False, beam: Sequence[str] | No
         preparation = _Preparation(config, run, progress, quiet)
         tokenizer = preparation.tokenizer(list(corpora.values()))
         folders = {name: preparation.folder(corpus, tokenizer) for name, corpus in corpora.items()}
-        whole = dataclasses.replace(config, validation=0.0, test=0.0, clean=config.clean.one_by_one, augment=None)
+        whole = dataclasses.replace(config, validation=0.0, test=0.0, clean=config.clean.one_by_one)
+        whole = dataclasses.replace(whole, augment=None, fill_in_middle=None)
         apart = _Preparation(whole, run, progress, quiet)
         held_out = {split: apart.folder(corpus, tokenizer) for split, corpus in _held_out(config, workers).items()}
     dataset = Dataset(folders, weights, held_out)
@@ -176,15 +178,19 @@ class _Preparation:
             "tokenizer": tokenizer.fingerprint,
             "segment": _settings(self._config.segment),
         }
+        moving = self._config.fill_in_middle
+        rearrangement = None if moving is None else open_rearrangement(moving, tokenizer)
         if self._augmenter is not None:
             settings["augment"] = self._augmenter.identity
+        if rearrangement is not None:
+            settings["fill_in_middle"] = rearrangement.identity
         key = digest_json(settings)
         folder = self._cache / "data" / key
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lock(folder.with_name(key + ".lock"), self._quiet):
                 if not folder.exists():  # another process may have built it while this one waited
-                    self._build(corpus, tokenizer, settings, folder)
+                    self._build(corpus, tokenizer, rearrangement, settings, folder)
         return folder
 
     def _text_settings(self) -> dict[str, Any]:
@@ -208,13 +214,21 @@ class _Preparation:
                 decide_duplicates(clean, parts, path)
         return dataclasses.replace(selection, duplicates=path)
 
-    def _build(self, corpus: Corpus, tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> None:
+    def _build(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        rearrangement: Rearrangement | None,
+        settings: dict[str, Any],
+        folder: Path,
+    ) -> None:
         partial = folder.with_name(folder.name + ".partial")
         partial.mkdir(exist_ok=True)
         try:
             Segmenter(self._config.segment, tokenizer)  # raises here what it would raise in the workers
             _save(tokenizer, partial / "tokenizer.model")
-            work = WriteShards(self._selection(corpus), self._config.segment, partial, self._augmenter)
+            segment = self._config.segment
+            work = WriteShards(self._selection(corpus), segment, partial, self._augmenter, rearrangement)
             records = list(self._tracked("tokenising", corpus, work))
             finish(partial, records, settings, self._config.clean.steps, corpus.key)
         except WorkerEndedError:

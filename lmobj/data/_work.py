@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from lmobj.data._cleaning_config import CleaningConfig, SegmentationConfig
 from lmobj.data._config import Shares
 from lmobj.data._corpus import Document
 from lmobj.data._duplicates import Duplicates, Signature, signature
+from lmobj.data._fill_in_middle import Rearrangement
 from lmobj.data._parts import Part, digest_file, temporary_name, utf8_size, write_json
 from lmobj.data._segmentation import Segmenter
 from lmobj.data._shard_writer import ShardWriter, token_dtype
@@ -155,6 +156,8 @@ class WriteShards:
     """Holds tokenizer.model, and gets the shards."""
     augmenter: Augmenter | None = None
     """Makes the copies that follow each training document."""
+    rearrangement: Rearrangement | None = None
+    """The order in which the parts of training documents are written."""
 
     def __call__(self, part: Part) -> dict[str, Any]:
         tokenizer = _tokenizer(self.folder / "tokenizer.model")
@@ -162,10 +165,11 @@ class WriteShards:
         counts: Counts = {}
         augmented = Counter({} if self.augmenter is None else self.augmenter.kinds)
         for batch in _batched(self._documents(part, counts, augmented)):
-            texts = [text for _, document in batch for text in (document.text, document.pair) if text is not None]
-            encoded = iter(tokenizer.encode_batch(texts))
-            for split, document in batch:
-                tokens = [next(encoded) for text in document[:2] if text is not None]
+            written = [(split, *self._written(split, document)) for split, document in batch]
+            pieces = [piece for _, _, texts in written for text in texts for piece in text]
+            encoded = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
+            for split, document, texts in written:
+                tokens = [_tokens(text, encoded) for text in texts]
                 if all(map(len, tokens)):
                     shards.add(split, document, tokens)
                 else:  # a loaded model may normalise a text to nothing
@@ -189,6 +193,13 @@ class WriteShards:
                     if self.selection.shares.split(copy.text) == "train":  # what is held out must not come in by a copy
                         yield split, copy
 
+    def _written(self, split: str, document: Document) -> tuple[Document, list[tuple[str | int, ...]]]:
+        """The document as it is written, and of each of its texts the parts to tokenise and the ids between them."""
+        if split != "train" or self.rearrangement is None:
+            return document, [(text,) for text in document[:2] if text is not None]
+        pieces = self.rearrangement(document.text)
+        return document._replace(text="".join(piece for piece in pieces if isinstance(piece, str))), [pieces]
+
     def finished(self, group: int, index: int) -> dict[str, Any] | None:
         try:
             record = json.loads((self.folder / record_file(group, index)).read_text(encoding="utf-8"))
@@ -201,6 +212,12 @@ class WriteShards:
         }
         sizes = [path.stat().st_size if (path := self.folder / name).exists() else -1 for name in files]
         return record if sizes == list(files.values()) else None
+
+
+def _tokens(text: Sequence[str | int], encoded: Iterator[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """The tokens of a text in parts, of which `encoded` gives those to tokenise, in their order."""
+    parts = [next(encoded) if isinstance(piece, str) else np.array([piece], np.int32) for piece in text]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class _Shards:

@@ -73,7 +73,7 @@ from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._similarity import SimilarityScores, score_similarity, uniformity, word_overlap
 from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task_report
 from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
-from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
+from lmobj.evaluate._text import Continuation, Filling, Infilling, continue_text, fill_text, infill_text, masked_tokens
 from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
 from lmobj.evaluate._written import write_targets
 
@@ -103,6 +103,7 @@ __all__ = [
     "FoundAnswers",
     "Generated",
     "GenerationConfig",
+    "Infilling",
     "MultiLabelScores",
     "NGram",
     "Normalisation",
@@ -146,6 +147,7 @@ __all__ = [
     "fill_text",
     "find_answers",
     "generate",
+    "infill_text",
     "masked_tokens",
     "min_p_filter",
     "normalise_answer",

@@ -1,4 +1,4 @@
-"""Decoding with text at both ends: continue a prompt, fill the masks of a sentence."""
+"""Decoding with text at both ends: continue a prompt, fill the masks of a sentence, fill in the middle of a text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ from flax import nnx
 from jaxtyping import Array
 from numpy.typing import NDArray
 
+from lmobj._pieces import INFILLING_MARKS
 from lmobj.data import Tokenizer
 from lmobj.errors import UserError
 from lmobj.evaluate._cached import Generated, check_reads_rows
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.models import CachedModel, LanguageModel
 
-__all__ = ["Continuation", "Filling", "continuations", "continue_text", "fill_text", "masked_tokens"]
+__all__ = [
+    "Continuation",
+    "Filling",
+    "Infilling",
+    "continuations",
+    "continue_text",
+    "fill_text",
+    "infill_text",
+    "masked_tokens",
+]
 
 
 class Continuation(NamedTuple):
@@ -38,6 +48,18 @@ class Filling(NamedTuple):
 
     pieces: list[str]
     probabilities: list[float]
+
+
+class Infilling(NamedTuple):
+    """A text whose middle a model wrote."""
+
+    before: str
+    middle: str
+    after: str
+    log_probs: NDArray[np.floating]
+    """ln p of each token of the middle and of its end, in nats."""
+    ended: bool
+    """Whether the model came to an end, which says that the middle meets what is after it."""
 
 
 def continue_text(
@@ -101,6 +123,42 @@ def fill_text(model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5)
     ]
     tokens[0, where[0]] = guesses[:, 0]
     return tokenizer.decode(tokens[0]), fillings
+
+
+def infill_text(
+    model: CachedModel, tokenizer: Tokenizer, text: str, settings: DecodingConfig, *, spm: bool = False
+) -> list[Infilling]:
+    """Writes what stands in the place of <fim_middle> in a text; the samples or beams, the best beam first.
+
+    A space before it is part of what is written, because word pieces carry the space before them.
+
+    Args:
+      model: a causal model that learned to fill in the middle.
+      tokenizer: the model's.
+      text: with one <fim_middle>, spelled as the vocabulary spells it.
+      settings: how to decode.
+      spm: ask in the order SPM, PRE SUF after MID before, and not in PSM, PRE before SUF after MID.
+
+    Raises:
+      UserError: the vocabulary has no marks, the text not one hole, or as for `generate`.
+    """
+    vocab = tokenizer.vocabulary
+    begin, behind, between = vocab.require("filling in the middle of a text", *INFILLING_MARKS)
+    hole = tokenizer.piece(between)
+    parts = text.split(hole)
+    if len(parts) != 2:
+        raise UserError(
+            f"the text {text!r} has {len(parts) - 1} holes; write {hole} once, where something is to be filled in."
+        )
+    before, after = parts[0].removesuffix(" "), parts[1]
+    prefix, suffix = tokenizer.encode(before), tokenizer.encode(after)
+    ids = [[begin, behind], suffix, [between], prefix] if spm else [[begin], prefix, [behind], suffix, [between]]
+    found = generate(model, [np.concatenate(ids).astype(np.int32)], settings, eos=vocab.eos)
+    rows = zip(found.tokens[0], found.log_probs[0], found.lengths[0], strict=True)
+    return [
+        Infilling(before, tokenizer.decode(t[:n]), after, p[:n], ended=bool(n) and t[n - 1] == vocab.eos)
+        for t, p, n in rows
+    ]
 
 
 def masked_tokens(tokenizer: Tokenizer, text: str) -> tuple[NDArray[np.int32], NDArray[np.intp]]:

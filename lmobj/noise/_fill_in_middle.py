@@ -37,6 +37,8 @@ class FilledInMiddle(NamedTuple):
     """Those of the row, each also at its document's markers."""
     positions: Int[Array, " R"]
     """From 0 in each document; int32."""
+    is_moved: Bool[Array, " R"]
+    """True for all of a document whose middle is at its end, markers included."""
     is_middle: Bool[Array, " R"]
     """True for the tokens of a middle, which follow MID (in SPM, after the prefix)."""
     source: Int[Array, " R"]
@@ -48,7 +50,7 @@ def fill_in_middle(
     tokens: Int[Array, " L"],
     segment_ids: Int[Array, " L"],
     *,
-    room: int,
+    max_documents: int,
     prefix_id: int,
     suffix_id: int,
     middle_id: int,
@@ -59,16 +61,16 @@ def fill_in_middle(
 ) -> FilledInMiddle:
     """Each document of a row, by its own draws: with probability `fim_rate` its middle moves to its end.
 
-    Nothing is ever cut off. A row of n tokens has space for (room - n) // 3 documents to be transformed; what is drawn
-    beyond that stays as it is, the last ones first. So rows are to be read with space left, 3 tokens per document.
+    Nothing is ever cut off: R = L + 3 * max_documents. What is drawn beyond so many documents stays as it is, the last
+    ones first. Of rows that hold what fits of their documents this is the paper's context-level FIM.
 
-    For the whole context at once, as if it were one document, give every real token the segment 1.
+    For the whole row at once, as if it were one document, give every real token the segment 1.
 
     Args:
       key: the row's threefry key. The k-th document's draws are the k-th, whatever the documents are.
       tokens: the row.
       segment_ids: the document of each token, adjacent and above 0; 0 for padding, which comes last.
-      room: R, the length of the row that is returned, at least L (static).
+      max_documents: the most that are transformed, at least 0 (static).
       prefix_id, suffix_id, middle_id: PRE, SUF and MID, which occur nowhere else.
       fim_rate: probability that a document is transformed.
       spm_rate: probability that one that is has the order SPM, not PSM.
@@ -76,10 +78,12 @@ def fill_in_middle(
         none does. A document of nothing else stays as it is.
 
     Raises:
-      UserError: a Python number that is no probability, too little room, or markers that are not distinct.
+      UserError: a Python number that is no probability, a negative number of documents, or markers that are not
+        distinct.
     """
+    _check(max_documents, (prefix_id, suffix_id, middle_id), fim_rate, spm_rate)
     L = tokens.shape[0]
-    _check(L, room, (prefix_id, suffix_id, middle_id), fim_rate, spm_rate)
+    room = L + 3 * max_documents
     at = jnp.arange(L, dtype=jnp.int32)
     real = segment_ids > 0
     first = real & (segment_ids != jnp.pad(segment_ids[:-1], (1, 0)))
@@ -92,9 +96,8 @@ def fill_in_middle(
         return jnp.zeros((L,), jnp.int32).at[doc].add(values.astype(jnp.int32), mode="drop")
 
     size = by_document(real & ~opens & ~closes)
-    used = jnp.sum(real, dtype=jnp.int32)
     moved, spm, low, high = _draw(key, size, fim_rate, spm_rate)
-    moved &= jnp.cumsum(moved, dtype=jnp.int32) <= (room - used) // 3
+    moved &= jnp.cumsum(moved, dtype=jnp.int32) <= max_documents
 
     begin = by_document(jnp.where(first, at + opens, 0))  # of the parts, after `bos`
     grown = 3 * (jnp.cumsum(moved, dtype=jnp.int32) - moved)  # by the documents before
@@ -112,17 +115,18 @@ def fill_in_middle(
     def put(values: Array, fill: Any = 0) -> Array:
         return jnp.full((room,), fill, values.dtype).at[place].set(values, mode="drop")
 
-    row, segments = put(tokens), put(segment_ids)
+    row, segments, is_moved = put(tokens), put(segment_ids), put(moved[here] & real)
     segment = by_document(jnp.where(first, segment_ids, 0)).astype(segment_ids.dtype)
     before_middle = tail + 2 + jnp.where(spm, 0, low)
     for marker, mark in ((prefix_id, 0), (suffix_id, jnp.where(spm, 1, low + 1)), (middle_id, before_middle)):
         where = jnp.where(moved, begin + grown + mark, room)
         row = row.at[where].set(jnp.asarray(marker, tokens.dtype), mode="drop")
         segments = segments.at[where].set(segment, mode="drop")
+        is_moved = is_moved.at[where].set(True, mode="drop")
     out = jnp.arange(room, dtype=jnp.int32)
     heads = jax.lax.cummax(jnp.where(segments != jnp.pad(segments[:-1], (1, 0)), out, 0))
     positions = jnp.where(segments > 0, out - heads, 0)
-    return FilledInMiddle(row, segments, positions, put(is_middle), put(at, -1))
+    return FilledInMiddle(row, segments, positions, is_moved, put(is_middle), put(at, -1))
 
 
 def join_middle(
@@ -162,9 +166,9 @@ def _draw(
     return moved, spm, jnp.minimum(one, other), jnp.maximum(one, other)
 
 
-def _check(length: int, room: int, markers: tuple[int, int, int], fim_rate: Any, spm_rate: Any) -> None:
+def _check(max_documents: int, markers: tuple[int, int, int], fim_rate: Any, spm_rate: Any) -> None:
     check_rates(fim_rate=fim_rate, spm_rate=spm_rate)
-    if room < length:
-        raise UserError(f"room is {room}, and rows have {length} tokens; accepted: at least {length}.")
+    if max_documents < 0:
+        raise UserError(f"max_documents is {max_documents}; accepted: 0 or more.")
     if len(set(markers)) < 3:
         raise UserError(f"prefix_id, suffix_id and middle_id are {markers}; they must be three different tokens.")

@@ -5,6 +5,7 @@ from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._denoising_autoencoder import DenoisingAutoencoder
 from lmobj.objectives._extractive_qa import ExtractiveQA
+from lmobj.objectives._fill_in_middle import FillInMiddle
 from lmobj.objectives._functional import denominators, loss_fn, row_ids_of, step_keys, total_loss
 from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
@@ -54,6 +55,7 @@ __all__ = [
     "DenoisingAutoencoder",
     "Example",
     "ExtractiveQA",
+    "FillInMiddle",
     "InBatchContrastive",
     "InputsToTargets",
     "Judge",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -18,10 +18,21 @@ from lmobj import losses, masks
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import LanguageModel
-from lmobj.objectives._objective import Context, Example, Judge, Models, Objective, Terms, token_metrics
+from lmobj.objectives._objective import Context, Example, Judge, Metric, Models, Objective, Terms, token_metrics
 from lmobj.objectives._tokens import head_stats, hidden_states
 
-__all__ = ["CausalLM", "check_token_loss", "next_token_example", "next_token_terms", "targets_ahead"]
+__all__ = [
+    "CausalLM",
+    "NextTokenLosses",
+    "ahead",
+    "as_one_text",
+    "bits_per_byte",
+    "check_token_loss",
+    "next_token_example",
+    "next_token_losses",
+    "next_token_terms",
+    "targets_ahead",
+]
 
 
 @dataclass(frozen=True)
@@ -91,8 +102,7 @@ class CausalLM(Objective):
         """
         segments, positions = batch["segment_ids"], batch["positions"]
         if self.documents == "joined":
-            segments = (segments > 0).astype(segments.dtype)
-            positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+            segments, positions = as_one_text(segments)
         predicted = batch["token_types"] == 1 if self.loss_on == "completion" else None
         return next_token_example(batch, segments, positions, predicted)
 
@@ -113,6 +123,12 @@ def check_token_loss(label_smoothing: float, z_loss: float) -> None:
         raise UserError(f"objective.z_loss is {z_loss}; it must be at least 0.")
 
 
+def as_one_text(segments: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
+    """Segments and positions of rows that run on from document to document."""
+    positions = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    return (segments > 0).astype(segments.dtype), positions
+
+
 def next_token_example(
     batch: Batch,
     segments: Int[Array, "B L"],
@@ -129,8 +145,8 @@ def next_token_example(
     """
     targets, weights = targets_ahead(batch, segments, 1)
     if predicted is not None:
-        weights = weights * _ahead(predicted, 1)
-    extra = {"target_bytes": _ahead(batch["token_bytes"], 1)} if "token_bytes" in batch else {}
+        weights = weights * ahead(predicted)
+    extra = {"target_bytes": ahead(batch["token_bytes"])} if "token_bytes" in batch else {}
     return Example(
         inputs=batch["tokens"],
         targets=targets,
@@ -145,10 +161,35 @@ def targets_ahead(
     batch: Batch, segments: Int[Array, "B L"], places: int
 ) -> tuple[Int[Array, "B L"], Float[Array, "B L"]]:
     """Each token's target so many places ahead, and its weight: 0 in another segment, or if `loss_mask` says so."""
-    weights = ((segments == _ahead(segments, places)) & (segments > 0)).astype(jnp.float32)
+    weights = ((segments == ahead(segments, places)) & (segments > 0)).astype(jnp.float32)
     if "loss_mask" in batch:
-        weights = weights * _ahead(batch["loss_mask"], places)
-    return _ahead(batch["tokens"], places), weights
+        weights = weights * ahead(batch["loss_mask"], places)
+    return ahead(batch["tokens"], places), weights
+
+
+class NextTokenLosses(NamedTuple):
+    """Of each target."""
+
+    loss: Float[Array, "B N"]
+    """label_smoothed_nll + z_loss * logsumexp(logits)^2."""
+    nll: Float[Array, "B N"]
+    correct: Bool[Array, "B N"]
+
+
+def next_token_losses(
+    model: LanguageModel,
+    hidden: Float[Array, "B L D"],
+    example: Example,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+) -> NextTokenLosses:
+    """What each target costs, from the hidden states of `next_token_example`'s rows."""
+    head = model.head_table()
+    stats = head_stats(model.head_hidden(hidden), head, example.targets)
+    classes = head.vocab_size or head.table.shape[0]
+    loss = losses.label_smoothed_nll(stats, epsilon=label_smoothing, num_classes=classes)
+    return NextTokenLosses(loss + z_loss * losses.z_loss(stats), losses.nll(stats), stats.correct)
 
 
 def next_token_terms(
@@ -160,23 +201,19 @@ def next_token_terms(
     z_loss: float,
     carried: Any,
 ) -> Terms:
-    """`nll` from the hidden states of `next_token_example`'s rows, and its metrics.
-
-    Per token: label_smoothed_nll + z_loss * logsumexp(logits)^2. The metrics are of the nll alone.
-    """
-    head = model.head_table()
-    stats = head_stats(model.head_hidden(hidden), head, example.targets)
-    classes = head.vocab_size or head.table.shape[0]
-    loss = losses.label_smoothed_nll(stats, epsilon=label_smoothing, num_classes=classes)
-    loss = loss + z_loss * losses.z_loss(stats)
-    nll = losses.nll(stats)
-    metrics = token_metrics(nll, example.weights, stats.correct)
+    """`nll` from `next_token_losses`, and its metrics, which are of the nll alone."""
+    found = next_token_losses(model, hidden, example, label_smoothing=label_smoothing, z_loss=z_loss)
+    metrics = token_metrics(found.nll, example.weights, found.correct)
     if "target_bytes" in example.extra:
-        bits = jnp.sum(nll * example.weights) / math.log(2)
-        metrics["bits_per_byte"] = (bits, jnp.sum(example.extra["target_bytes"] * example.weights))
-    return Terms({"nll": jnp.sum(loss * example.weights)}, metrics, carried)
+        metrics["bits_per_byte"] = bits_per_byte(found.nll, example.weights, example.extra["target_bytes"])
+    return Terms({"nll": jnp.sum(found.loss * example.weights)}, metrics, carried)
 
 
-def _ahead(x: Array, places: int) -> Array:
+def bits_per_byte(nll: Float[Array, "B N"], weights: Float[Array, "B N"], target_bytes: Int[Array, "B N"]) -> Metric:
+    """The nll of the targets in bits, over their bytes."""
+    return jnp.sum(nll * weights) / math.log(2), jnp.sum(target_bytes * weights)
+
+
+def ahead(x: Array, places: int = 1) -> Array:
     """x[:, t + places] at t; 0 at the end."""
     return jnp.pad(x[:, places:], ((0, 0), (0, places)))

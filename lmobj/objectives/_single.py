@@ -6,6 +6,7 @@ from lmobj.objectives._causal_lm import CausalLM
 from lmobj.objectives._classification import Classification
 from lmobj.objectives._denoising_autoencoder import DenoisingAutoencoder
 from lmobj.objectives._extractive_qa import ExtractiveQA
+from lmobj.objectives._fill_in_middle import FillInMiddle
 from lmobj.objectives._masked_diffusion import MaskedDiffusion
 from lmobj.objectives._masked_lm import MaskedLM
 from lmobj.objectives._matching import InBatchContrastive, Triplet
@@ -32,6 +33,7 @@ SingleObjective = (
     | Classification
     | DenoisingAutoencoder
     | ExtractiveQA
+    | FillInMiddle
     | InBatchContrastive
     | MaskedDiffusion
     | MaskedLM

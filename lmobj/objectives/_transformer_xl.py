@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
 from lmobj.batch import Batch, RowSpec, Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import MemoryModel, RowUse
-from lmobj.objectives._causal_lm import check_token_loss, next_token_example, next_token_terms
+from lmobj.objectives._causal_lm import as_one_text, check_token_loss, next_token_example, next_token_terms
 from lmobj.objectives._objective import Context, Example, Models, Objective, ObjectiveState, Terms
 
 __all__ = ["TransformerXL"]
@@ -66,9 +65,7 @@ class TransformerXL(Objective):
 
     def corrupt(self, keys: Key[Array, " B"], batch: Batch, ctx: Context) -> Example:
         """Shifts the row by one to make targets; nothing is random. `loss_mask` is read as in causal_lm."""
-        segments = (batch["segment_ids"] > 0).astype(jnp.int32)
-        positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-        return next_token_example(batch, segments, positions)
+        return next_token_example(batch, *as_one_text(batch["segment_ids"]))
 
     def terms(self, models: Models, example: Example, carried: Any, ctx: Context) -> Terms:
         """`nll`: the weighted sum of next-token losses; the memory is carried on."""

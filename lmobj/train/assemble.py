@@ -35,6 +35,7 @@ from lmobj.train import distributed, rounding
 from lmobj.train.batches import batch_shapes, local_rows, members, on_devices, together, unnamed
 from lmobj.train.config import TrainConfig
 from lmobj.train.guard import GUARD
+from lmobj.train.infilling import check_infilling
 from lmobj.train.layer_decay import decayed_by_layer
 from lmobj.train.optimizers import laid_out, make_optimizer
 from lmobj.train.rank_allocation import allocating
@@ -418,6 +419,7 @@ def design(
         check_experts(moe.experts, mesh, rules)
     objective.check_model(builder)
     rows = objective.rows(vocab, config.data.length)
+    check_infilling(objective, rows, config.data)
     check_length(config.data.length, mesh, rules)
     if not isinstance(rows, RowSpec):
         for name, size in objective.member_rows(settings.batch_size).items():

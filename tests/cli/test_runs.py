@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pathlib
 import random
@@ -36,6 +37,9 @@ _MASKED = (
     "model: {name: encoder, layers: 1, width: 8, heads: 2, mlp_width: 16, max_length: 16}\n"
     "objective: {name: masked_lm}\nsample: ['the [MASK] fox']\nrun: masked\n" + _CONFIG
 )
+
+_INFILLING = _CAUSAL.replace("{name: causal_lm}", "{name: fill_in_middle, max_documents: 1}")
+_INFILLING = _INFILLING.replace("360}", "360, infilling_marks: true}").replace("run: causal", "run: infilling")
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +192,19 @@ def test_fill_shows_the_likeliest_guesses_of_each_mask(capsys: Captured) -> None
         assert shares[0] > 0
 
 
+def test_fill_writes_into_a_hole(capsys: Captured, folder: pathlib.Path) -> None:
+    (folder / "infilling.yaml").write_text(_INFILLING)
+    assert main(["train", "infilling.yaml", "--quiet"]) == 0
+    assert main(["fill", "infilling", "the quick <fim_middle> over", "--tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "middle, cut after 4 tokens" in lines or "middle" in lines
+    share, middle = lines[-1].split(maxsplit=1)
+    assert float(share) < 0
+    assert "\n".join(lines[:-3]) == f"the quick{ast.literal_eval(middle)} over"
+    assert "has 0 holes" in refusal(capsys, "fill", "infilling", "the quick")
+    assert "has 2 holes" in refusal(capsys, "fill", "infilling", "<fim_middle>" * 2)
+
+
 _PLAIN = ["--tokens", "5", "--temperature", "0"]
 
 
@@ -273,7 +290,7 @@ def test_bad_files_of_examples_are_named(capsys: Captured, tmp_path: pathlib.Pat
         (["generate", "causal", "--prompt", "a", "--beam", "2", "--seed", "1"], ["--seed is 1", "--beam"]),
         (["generate", "causal", "--prompt", "a", "--length-penalty", "1"], ["--length-penalty is 1.0", "with --beam"]),
         (["generate", "masked", "--prompt", "a"], ["Encoder", "causal models"]),
-        (["fill", "causal", "a [MASK]"], ["objective of this run is causal_lm", "fill masks"]),
+        (["fill", "causal", "a [MASK]"], ["objective of this run is causal_lm", "fill masks", "fill_in_middle"]),
         (["fill", "masked", "no mask"], ["has no [MASK]"]),
         (["fill", "masked", "a [MASK]", "--top", "0"], ["k is 0"]),
         (["train", "causal.yaml"], ["'causal', which already exists", "lmobj resume causal"]),

@@ -16,7 +16,7 @@ from lmobj import masks
 from lmobj.data import SentencePieceConfig, Tokenizer
 from lmobj.data._tokenizer import train_tokenizer
 from lmobj.errors import UserError
-from lmobj.evaluate import BeamConfig, SamplingConfig, continue_text, fill_text, masked_tokens
+from lmobj.evaluate import BeamConfig, SamplingConfig, _text, continue_text, fill_text, infill_text, masked_tokens
 from lmobj.models import OutputHead
 
 LIKELY = 0.9
@@ -149,3 +149,57 @@ def test_what_cannot_be_filled(tokenizer: Tokenizer) -> None:
     without.vocabulary = dataclasses.replace(tokenizer.vocabulary, mask=None)
     with pytest.raises(UserError, match="needs a vocabulary with a"):
         fill_text(model, without, "the [MASK]")
+
+
+# --- filling in the middle ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def marked(tokenizer: Tokenizer) -> Tokenizer:
+    return tokenizer.extended(("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+
+
+def test_a_middle_is_written_up_to_its_end(marked: Tokenizer) -> None:
+    """After MID the model writes quick brown EOS. The space before the hole is the first piece's own."""
+    vocab = marked.vocabulary
+    assert vocab.fim_middle is not None
+    assert vocab.eos is not None
+    quick, brown = (one(marked, word) for word in (" quick", " brown"))
+    model = TableModel(chain(marked, (vocab.fim_middle, quick), (quick, brown), (brown, vocab.eos)))
+    (found,) = infill_text(model, marked, "the <fim_middle> fox sees", GREEDY)
+    assert (found.before, found.middle, found.after) == ("the", " quick brown", " fox sees")
+    assert found.ended
+    np.testing.assert_allclose(found.log_probs, np.log([LIKELY] * 3), rtol=1e-5)
+    short = infill_text(model, marked, "<fim_middle>", dataclasses.replace(GREEDY, max_new_tokens=2))[0]
+    assert (short.before, short.middle, short.after, short.ended) == ("", " quick brown", "", False)
+    assert len(infill_text(model, marked, "the<fim_middle>", SamplingConfig(max_new_tokens=3, num_samples=4))) == 4
+
+
+def test_the_prompt_is_in_the_order_that_is_asked_for(marked: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab = marked.vocabulary
+    prompts = []
+
+    def generate(model: Any, prompts_: Any, settings: Any, *, eos: int) -> Any:
+        prompts.append(prompts_[0].tolist())
+        return decoded(model, prompts_, settings, eos=eos)
+
+    decoded = _text.generate
+    monkeypatch.setattr(_text, "generate", generate)
+    text = "the quick<fim_middle>river"
+    for spm in (False, True):
+        infill_text(TableModel(chain(marked)), marked, text, GREEDY, spm=spm)
+    pre, suf, mid = vocab.fim_prefix, vocab.fim_suffix, vocab.fim_middle
+    before, after = marked.encode("the quick").tolist(), marked.encode("river").tolist()
+    assert prompts == [[pre, *before, suf, *after, mid], [pre, suf, *after, mid, *before]]
+
+
+def test_what_has_no_middle(marked: Tokenizer, tokenizer: Tokenizer) -> None:
+    model = TableModel(chain(marked))
+    with pytest.raises(UserError, match="has 0 holes; write <fim_middle> once"):
+        infill_text(model, marked, "the fox", GREEDY)
+    with pytest.raises(UserError, match="has 2 holes"):
+        infill_text(model, marked, "<fim_middle> fox <fim_middle>", GREEDY)
+    with pytest.raises(UserError, match=r"needs <fim_prefix> and <fim_suffix> and .*infilling_marks to true"):
+        infill_text(model, tokenizer, "the <fim_middle>", GREEDY)
+    with pytest.raises(UserError, match="which reads in both directions"):
+        infill_text(LeftNeighbour(chain(marked)), marked, "<fim_middle>", GREEDY)  # type: ignore[arg-type]

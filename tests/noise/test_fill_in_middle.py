@@ -51,17 +51,19 @@ def documents(tokens: np.ndarray, segments: np.ndarray) -> list[tuple[int, list[
     return [(segment, [token for _, token in part]) for segment, part in parts if segment]
 
 
-@pytest.mark.parametrize(("length", "room", "rows"), [(16, 16, 400), (16, 22, 400), (128, 150, 200), (4096, 4400, 12)])
-def test_every_document_is_restored(length: int, room: int, rows: int) -> None:
+@pytest.mark.parametrize(("length", "most", "rows"), [(16, 1, 400), (16, 3, 400), (128, 7, 200), (4096, 4, 12)])
+def test_every_document_is_restored(length: int, most: int, rows: int) -> None:
     tokens, segments = packed(rows, length, length)
-    out = run(keys_of(rows, room), tokens, segments, room=room, fim_rate=0.7, spm_rate=0.4, bos=BOS, eos=EOS)
+    settings = {"max_documents": most, "fim_rate": 0.7, "spm_rate": 0.4, "bos": BOS, "eos": EOS}
+    out = run(keys_of(rows, most), tokens, segments, **settings)
+    assert out.tokens.shape == (rows, length + 3 * most)
     kinds: Counter[str] = Counter()
     for row in range(rows):
         before, after = documents(tokens[row], segments[row]), documents(out.tokens[row], out.segment_ids[row])
         assert [segment for segment, _ in after] == [segment for segment, _ in before]
         used = sum(len(document) for _, document in after)
         assert (out.source[row][used:] == -1).all()
-        for field in (out.tokens, out.segment_ids, out.is_middle, out.positions):
+        for field in (out.tokens, out.segment_ids, out.is_moved, out.is_middle, out.positions):
             assert not field[row][used:].any()
         assert out.positions[row][:used].tolist() == [i for _, document in after for i in range(len(document))]
         # What is no marker says where it was, and everything is there once.
@@ -74,6 +76,7 @@ def test_every_document_is_restored(length: int, room: int, rows: int) -> None:
         for (_, old), (_, new) in zip(before, after, strict=True):
             assert noise.join_middle(new, **MARKERS, eos=EOS).tolist() == old
             middle = out.is_middle[row][at : at + len(new)]
+            assert (out.is_moved[row][at : at + len(new)] == (PRE in new)).all()
             if PRE in new:
                 moved += 1
                 assert new[0] == (BOS if old[0] == BOS else PRE)
@@ -95,8 +98,9 @@ def test_every_document_is_restored(length: int, room: int, rows: int) -> None:
                 assert new == old
                 assert not middle.any()
             at, begin = at + len(new), begin + len(old)
-        assert used == begin + 3 * moved <= room
-        kinds["full"] += used + 3 > room
+        assert used == begin + 3 * moved
+        assert moved <= most
+        kinds["full"] += moved == most
     rare = 1 if length == 4096 else kinds["either"] * kinds["full"]
     assert kinds["psm"] * kinds["spm"] * rare > 0
 
@@ -106,16 +110,16 @@ def test_orders_and_cuts_have_their_probabilities() -> None:
     rows = 60_000
     tokens = np.tile(np.array([BOS, 11, 12, 13, EOS, 0], np.int32), (rows, 1))
     segments = np.tile(np.array([7] * 5 + [0], np.int32), (rows, 1))
-    settings = {"room": 8, "bos": BOS, "eos": EOS, "fim_rate": 0.75, "spm_rate": 1 / 3}
+    settings = {"max_documents": 1, "bos": BOS, "eos": EOS, "fim_rate": 0.75, "spm_rate": 1 / 3}
     out = run(keys_of(rows, 4), tokens, segments, **settings)
-    expected: Counter[tuple] = Counter({((BOS, 11, 12, 13, EOS, 0, 0, 0), (0,) * 8): 0.25})
+    expected: Counter[tuple] = Counter({((BOS, 11, 12, 13, EOS, 0, 0, 0, 0), (0,) * 9): 0.25})
     text = (11, 12, 13)
     for cuts in itertools.product(range(4), repeat=2):
         a, b = sorted(cuts)
         p, m, s = text[:a], text[a:b], text[b:]
-        is_middle = (*[0] * (7 - len(m)), *[1] * len(m), 0)
-        expected[(BOS, PRE, *p, SUF, *s, MID, *m, EOS), is_middle] += 0.75 * 2 / 3 / 16
-        expected[(BOS, PRE, SUF, *s, MID, *p, *m, EOS), is_middle] += 0.75 * 1 / 3 / 16
+        is_middle = (*[0] * (7 - len(m)), *[1] * len(m), 0, 0)
+        expected[(BOS, PRE, *p, SUF, *s, MID, *m, EOS, 0), is_middle] += 0.75 * 2 / 3 / 16
+        expected[(BOS, PRE, SUF, *s, MID, *p, *m, EOS, 0), is_middle] += 0.75 * 1 / 3 / 16
     assert sum(expected.values()) == pytest.approx(1)
     seen = Counter(
         (tuple(row), tuple(middle))
@@ -130,7 +134,7 @@ def test_orders_and_cuts_have_their_probabilities() -> None:
 def test_documents_of_a_row_are_drawn_each_on_its_own() -> None:
     rows = 20_000
     tokens, segments = np.full((rows, 4), 9, np.int32), np.tile(np.array([1, 1, 2, 2], np.int32), (rows, 1))
-    out = run(keys_of(rows, 5), tokens, segments, room=10, fim_rate=0.5, spm_rate=0.5)
+    out = run(keys_of(rows, 5), tokens, segments, max_documents=2, fim_rate=0.5, spm_rate=0.5)
     # By document: left alone (1/2), or one of 3 x 3 pairs of cuts; told apart by where SUF and the middle are.
     codes = np.zeros((rows, 2), int)
     for segment in (1, 2):
@@ -144,29 +148,30 @@ def test_documents_of_a_row_are_drawn_each_on_its_own() -> None:
     assert stats.chisquare(counts, rows * np.outer(share, share).ravel()).pvalue > 1e-3
 
 
-def test_what_has_no_room_stays_and_the_first_come_first() -> None:
+def test_what_is_too_many_stays_and_the_first_come_first() -> None:
     tokens = np.arange(10, 22, dtype=np.int32)[None]
     segments = np.repeat([1, 2, 3, 4], 3).astype(np.int32)[None]
-    for room, moved in ((12, 0), (14, 0), (15, 1), (20, 2), (21, 3), (24, 4)):
-        out = run(keys_of(1, 2), tokens, segments, room=room, fim_rate=1.0)
+    for most in range(6):
+        moved = min(most, 4)
+        out = run(keys_of(1, 2), tokens, segments, max_documents=most, fim_rate=1.0)
         found = [PRE in document for _, document in documents(out.tokens[0], out.segment_ids[0])]
         assert found == [True] * moved + [False] * (4 - moved)
-    none = run(keys_of(1, 2), tokens, segments, room=24, fim_rate=0.0)
+    none = run(keys_of(1, 2), tokens, segments, max_documents=4, fim_rate=0.0)
     np.testing.assert_array_equal(none.tokens[0][:12], tokens[0])
 
 
 def test_padding_batch_traced_rates_and_x64_change_nothing() -> None:
     tokens, segments = packed(12, 20, 9)
     wide_tokens, wide_segments = (np.pad(x, ((0, 0), (0, 9))) for x in (tokens, segments))
-    short = run(keys_of(12), tokens, segments, room=40, bos=BOS)
-    long = run(keys_of(12), wide_tokens, wide_segments, room=40, bos=BOS)
-    one = jax.jit(functools.partial(noise.fill_in_middle, **MARKERS, room=40, bos=BOS))
+    short = run(keys_of(12), tokens, segments, max_documents=3, bos=BOS)
+    long = run(keys_of(12), wide_tokens, wide_segments, max_documents=3, bos=BOS)
+    one = jax.jit(functools.partial(noise.fill_in_middle, **MARKERS, max_documents=3, bos=BOS))
     half = jnp.float32(0.5)
     alone = [one(k, t, s, fim_rate=half, spm_rate=half) for k, t, s in zip(keys_of(12), tokens, segments, strict=True)]
     with jax.enable_x64(True):
-        wide = run(keys_of(12), tokens, segments, room=40, bos=BOS)
-    for a, b, c, *single in zip(short, long, wide, *alone, strict=True):
-        np.testing.assert_array_equal(a, b)
+        wide = run(keys_of(12), tokens, segments, max_documents=3, bos=BOS)
+    for name, a, b, c, *single in zip(short._fields, short, long, wide, *alone, strict=True):
+        np.testing.assert_array_equal(np.pad(a, ((0, 0), (0, 9)), constant_values=-(name == "source")), b)
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(a, np.stack(single))
         assert a.dtype == c.dtype
@@ -175,13 +180,15 @@ def test_padding_batch_traced_rates_and_x64_change_nothing() -> None:
 def test_impossible_settings_are_refused() -> None:
     ones = np.ones((1, 4), np.int32)
     for settings, message in (
-        ({"room": 3}, "room is 3, and rows have 4 tokens"),
-        ({"room": 4, "fim_rate": 1.5}, r"fim_rate is 1\.5"),
-        ({"room": 4, "spm_rate": -0.5}, r"spm_rate is -0\.5"),
+        ({"max_documents": -1}, "max_documents is -1; accepted: 0 or more"),
+        ({"max_documents": 1, "fim_rate": 1.5}, r"fim_rate is 1\.5"),
+        ({"max_documents": 1, "spm_rate": -0.5}, r"spm_rate is -0\.5"),
     ):
         with pytest.raises(UserError, match=message):
             run(keys_of(1), ones, ones, **settings)
     with pytest.raises(UserError, match="three different tokens"):
-        noise.fill_in_middle(jax.random.key(0), ones[0], ones[0], room=4, prefix_id=1, suffix_id=1, middle_id=2)
+        noise.fill_in_middle(
+            jax.random.key(0), ones[0], ones[0], max_documents=1, prefix_id=1, suffix_id=1, middle_id=2
+        )
     with pytest.raises(UserError, match=r"markers of the document are \[1, 3\]"):
         noise.join_middle([PRE, 9, MID], **MARKERS)

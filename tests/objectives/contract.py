@@ -344,6 +344,18 @@ CASES: dict[str, Case] = {
         {"model": dataclasses.replace(DECODER, moe=MoEConfig(experts=4, capacity_factor=None))},
         packed=False,  # its terms have other weights than tokens
     ),
+    "fill_in_middle": Case(
+        objectives.FillInMiddle(fim_rate=0.7, max_documents=2, label_smoothing=0.1, z_loss=1e-3),
+        {"model": DECODER},
+        make=lambda **rows: make_batch(length=LENGTH - 6, **rows),
+    ),
+    "fill_in_middle/joined": Case(
+        objectives.FillInMiddle(documents="joined", max_documents=2),
+        {"model": DECODER},
+        make=lambda **rows: make_batch(length=LENGTH - 6, **rows),
+        per_document=False,
+        variant=True,
+    ),
     "masked_lm": Case(objectives.MaskedLM(mask_rate=0.3, max_predictions=6), {"model": ENCODER}, sees_later=True),
     "masked_lm/bernoulli": Case(
         objectives.MaskedLM(selection="bernoulli", mask_rate=0.3), {"model": ENCODER}, sees_later=True, variant=True

@@ -276,12 +276,12 @@ MASKED_BY_HAND = (
     test_masked_sees_its_own_document_and_all_of_it,
 )
 BOTH_SIDES = Mutant("a mask of both sides", masks, "causal", lambda _: masks.bidirectional)
-TWO_AHEAD = Mutant("target two ahead", _causal_lm, "_ahead", lambda f: lambda x, places: f(x, 2 * places))
+TWO_AHEAD = Mutant("target two ahead", _causal_lm, "ahead", lambda f: lambda x, places=1: f(x, 2 * places))
 LEFT_SIDE = Mutant("a mask of the left side", masks, "bidirectional", lambda _: masks.causal)
 MUTANTS = [
     (BOTH_SIDES, CAUSAL_BY_HAND),
     (TWO_AHEAD, CAUSAL_BY_HAND),
-    (Mutant("target is the input", _causal_lm, "_ahead", lambda _: lambda x, places: x), CAUSAL_BY_HAND),
+    (Mutant("target is the input", _causal_lm, "ahead", lambda _: lambda x, places=1: x), CAUSAL_BY_HAND),
     (Mutant("documents see one another", masks.AttentionMask, "packed", lambda _: lambda m, _: m), CAUSAL_BY_HAND),
     (Mutant("every position counts", CausalLM, "corrupt", _every_position_counts), CAUSAL_BY_HAND),
     (Mutant("no prompt mask", CausalLM, "corrupt", _batch_changed(_without_loss_mask)), CAUSAL_BY_HAND),

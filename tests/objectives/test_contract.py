@@ -270,7 +270,7 @@ def _corrupted(bench: Bench, batch: Any) -> tuple[Example, Context]:
     return bench.objective.corrupt(noise_keys, batch, ctx), ctx
 
 
-def _fragments(example: Example, positions: jax.Array) -> Example:
+def _fragments(example: Example) -> Example:
     """Each document of each row in a row of its own, moved to the row's start, with the noise it had when packed."""
     segments = np.asarray(example.mask.segment_ids)
     parts = [(r, s) for r in range(len(segments)) for s in range(1, segments[r].max() + 1)]
@@ -290,7 +290,7 @@ def _fragments(example: Example, positions: jax.Array) -> Example:
     own = np.take_along_axis(segments[row], np.asarray(where)[row], 1) == np.asarray([s for _, s in parts])[:, None]
     changes: dict[str, Any] = {
         "mask": example.mask.packed(jnp.asarray(inside, jnp.int32)),
-        "positions": move(positions),
+        "positions": move(example.positions),
     }
     if example.predict is None:
         changes |= {"targets": move(example.targets), "weights": move(example.weights)}
@@ -312,7 +312,7 @@ def test_packed_row_equals_its_documents(bench: Bench) -> None:
     example, ctx = _corrupted(bench, bench.batch)
     models = _merged(bench)
     terms = jax.jit(lambda example: bench.objective.terms(models, example, (), ctx))
-    packed, alone = terms(example), terms(_fragments(example, bench.batch["positions"]))
+    packed, alone = terms(example), terms(_fragments(example))
     for name in packed.sums:
         assert float(packed.sums[name]) > 1
         np.testing.assert_allclose(float(alone.sums[name]), float(packed.sums[name]), rtol=EXACT)

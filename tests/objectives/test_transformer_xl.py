@@ -168,7 +168,7 @@ MUTANTS = [
     (Mutant("memory is not carried", TransformerXL, "terms", _forgets), CUT),
     (Mutant("documents by themselves", TransformerXL, "corrupt", _by_document), TARGETS),
     (Mutant("a mask of both sides", masks, "causal", lambda _: masks.bidirectional), TARGETS),
-    (Mutant("target two ahead", _causal_lm, "_ahead", lambda f: lambda x, places: f(x, 2 * places)), TARGETS),
+    (Mutant("target two ahead", _causal_lm, "ahead", lambda f: lambda x, places=1: f(x, 2 * places)), TARGETS),
     (Mutant("every position counts", TransformerXL, "corrupt", _every_position_counts), TARGETS),
     (Mutant("memory is invisible", masks.AttentionMask, "with_memory", lambda f: lambda m, v: f(m, v & False)), CUT),
 ]
