@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lmobj.data import Tokenizer
 from lmobj.errors import UserError
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
+from lmobj.evaluate._unmasking import UnmaskingConfig
 from lmobj.models import CachedModel, LanguageModel
 
 __all__ = ["Continuation", "Filling", "continue_text", "fill_text", "masked_tokens"]
@@ -40,17 +41,17 @@ class Filling(NamedTuple):
 
 
 def continue_text(
-    model: CachedModel,
+    model: CachedModel | LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    settings: DecodingConfig,
+    settings: DecodingConfig | UnmaskingConfig,
     *,
     suffix: tuple[int, ...] = (),
 ) -> list[list[Continuation]]:
     """Continues each prompt; for every prompt the samples or beams, the best beam first.
 
     Args:
-      model: a causal model.
+      model: a causal model; for unmasking, one that masked diffusion has trained.
       tokenizer: the model's.
       prompts: texts.
       settings: how to decode.
@@ -63,8 +64,8 @@ def continue_text(
     if not all(len(ids) for ids in encoded):
         raise UserError("the prompt is empty; accepted: a text of at least one character.")
     encoded = [np.concatenate([ids, np.array(suffix, np.int32)]) for ids in encoded]
-    eos = tokenizer.vocabulary.eos
-    generated = generate(model, encoded, settings, eos=eos)
+    vocab = tokenizer.vocabulary
+    generated = generate(model, encoded, settings, eos=vocab.eos, mask_id=vocab.mask)
     results = []
     for tokens, log_probs, lengths in zip(generated.tokens, generated.log_probs, generated.lengths, strict=True):
         rows = zip(tokens, log_probs, lengths, strict=True)

@@ -5,7 +5,7 @@ Callers vmap over rows with one key per row. Nothing here knows a model or an ob
 
 from __future__ import annotations
 
-from lmobj.noise._diffusion import DiffusedTokens, diffuse_tokens
+from lmobj.noise._diffusion import DiffusedTokens, diffuse_count, diffuse_tokens
 from lmobj.noise._dropout import dropout
 from lmobj.noise._fill_in_middle import FilledInMiddle, fill_in_middle, join_middle
 from lmobj.noise._hash import fold_index, fold_places, gumbel
@@ -50,6 +50,7 @@ __all__ = [
     "PermutedTokens",
     "ReplacedTokens",
     "check_permutation",
+    "diffuse_count",
     "diffuse_tokens",
     "drop_tokens",
     "dropout",
