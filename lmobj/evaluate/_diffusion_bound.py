@@ -64,7 +64,7 @@ def diffusion_bounds(
       mask_id: what stands for a hidden token.
       samples: noised copies of a row, at least 2 (LLaDA: 128). A row of one scored token has but one, and no error.
       seed: of the noise, which depends on it and on the row's number.
-      done: told after each batch how many copies are done.
+      done: told after each batch how many rows are done.
 
     Raises:
       UserError: a row without a scored token, too few samples, rows longer than the model allows, or a model whose
@@ -93,7 +93,7 @@ def diffusion_bounds(
             values = np.asarray(_estimates(graph, state, key, *arrays, places, mask_id), np.float64)
             for (number, sample), value in zip(batch, values, strict=False):
                 found[number][sample] = value
-            count += len(batch)
+            count += sum(sample == len(found[number]) - 1 for number, sample in batch)
             done(count)
     if not all(np.isfinite(values).all() for values in found):
         raise UserError(

@@ -17,7 +17,7 @@ from lmobj.data import SentencePieceConfig, Tokenizer
 from lmobj.data._tokenizer import train_tokenizer
 from lmobj.errors import UserError
 from lmobj.models import DecoderConfig, GRUConfig, OutputHead
-from lmobj.objectives import CausalLM, Classification, MaskedLM
+from lmobj.objectives import CausalLM, Classification, MaskedDiffusion, MaskedLM
 from lmobj.train import FitResult
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.task_evaluation import evaluate_task
@@ -75,6 +75,7 @@ def run(tokenizer: Tokenizer) -> Run:
             model=Bigram(p, max_length),
             tokenizer=tokenizer,
             writes_second_texts=bool(suffix),
+            unmasks=isinstance(objective, MaskedDiffusion),
         )
 
     return make
@@ -165,7 +166,7 @@ def test_shots_that_do_not_fit_are_left_out_and_then_the_beginning(run: Run, wri
     assert (none.figures["shots_shown"], none.figures["cut"]) == (0, 4)
     for found in (some, none):  # the last word decides, which is there in any case
         assert [answer["prediction"] for answer in found.answers] == ["f", "r", "f", "f"]
-    with pytest.raises(UserError, match="an answer to which takes 3 tokens, and the model reads 1"):
+    with pytest.raises(UserError, match="an answer to which takes 3 tokens, and a row has room for 2"):
         evaluate_task(run(1), load_task(write(task.replace("river}", "river fox fox}"))), quiet=True)
 
 
