@@ -73,10 +73,19 @@ def continue_text(
     return results
 
 
-def fill_text(model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5) -> tuple[str, list[Filling]]:
+def fill_text(
+    model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5, *, framed: bool = True
+) -> tuple[str, list[Filling]]:
     """Guesses each [MASK] of a text by itself.
 
     Spaces before a mask are part of what is guessed, because word pieces carry the space before them.
+
+    Args:
+      model: a model that sees both sides.
+      tokenizer: the model's.
+      text: with masks.
+      k: guesses for each mask.
+      framed: as for `masked_tokens`.
 
     Returns:
       The text with each mask filled by its most probable piece, and the k best pieces of each mask.
@@ -84,7 +93,7 @@ def fill_text(model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5)
     Raises:
       UserError: the vocabulary has no mask, the text has none, or k is not in 1..vocabulary size.
     """
-    tokens, where = masked_tokens(tokenizer, text)
+    tokens, where = masked_tokens(tokenizer, text, framed=framed)
     size = tokenizer.vocabulary.size
     if not 1 <= k <= size:
         raise UserError(f"k is {k}; accepted: 1 to {size} guesses.")
@@ -98,11 +107,19 @@ def fill_text(model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5)
     return tokenizer.decode(tokens[0]), fillings
 
 
-def masked_tokens(tokenizer: Tokenizer, text: str) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
-    """A text with masks as the one row that a masked language model reads, and where in it the masks are.
+def masked_tokens(
+    tokenizer: Tokenizer, text: str, *, framed: bool = True
+) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
+    """A text with masks as the one row that a model reads, and where in it the masks are.
+
+    Args:
+      tokenizer: the model's.
+      text: with masks.
+      framed: between [CLS] and [SEP], where the vocabulary has them, as masked language models read; else by itself,
+        as models of masked diffusion do.
 
     Returns:
-      [1, L] token ids between [CLS] and [SEP], where the vocabulary has them, and [1, K] indices.
+      [1, L] token ids and [1, K] indices.
 
     Raises:
       UserError: the vocabulary has no mask, or the text has none.
@@ -114,7 +131,7 @@ def masked_tokens(tokenizer: Tokenizer, text: str) -> tuple[NDArray[np.int32], N
     if mask not in text:
         raise UserError(f"the text {text!r} has no {mask}; write {mask} where a token is to be guessed.")
     body = tokenizer.encode(re.sub(rf"\s*{re.escape(mask)}", mask, text), special=True)
-    ends = [[] if token is None else [token] for token in (vocab.cls, vocab.sep)]
+    ends = [[token] if framed and token is not None else [] for token in (vocab.cls, vocab.sep)]
     tokens = np.concatenate([ends[0], body, ends[1]]).astype(np.int32)[None]
     return tokens, np.flatnonzero(tokens == vocab.mask)[None]
 

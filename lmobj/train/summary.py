@@ -53,7 +53,7 @@ def check_samples(run: Assembly) -> None:
                 raise UserError("it is empty; accepted: a text of at least one character.")
             _check_room(run, model, length + 1)
         else:
-            tokens, where = masked_tokens(tokenizer, prompt)
+            tokens, where = masked_tokens(tokenizer, prompt, framed=not _unmasks(run))
             fill_masks(model, jnp.asarray(tokens), jnp.asarray(where), k=1)
 
     for prompt in run.config.sample:
@@ -105,7 +105,10 @@ def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
     """The config's prompts, continued by models that generate and filled by models that fill masks."""
     prompts, tokenizer = run.config.sample, run.dataset.tokenizer
     continued = [prompt for prompt in prompts if _writes(run, model, prompt)]
-    texts = {prompt: fill_text(model, tokenizer, prompt)[0] for prompt in prompts if prompt not in continued}
+    framed = not _unmasks(run)
+    texts = {
+        prompt: fill_text(model, tokenizer, prompt, framed=framed)[0] for prompt in prompts if prompt not in continued
+    }
     if continued:
         settings = _UNMASKING if _unmasks(run) else _SAMPLING
         longest = max(len(tokenizer.encode(prompt)) for prompt in continued)
@@ -135,7 +138,9 @@ def _check_room(run: Assembly, model: Any, length: int) -> None:
     if not _unmasks(run):
         model.init_cache(1, length)
     elif length > run.spec.length:
-        raise UserError(f"data.length is {run.spec.length}, and a text has {length} tokens.")
+        raise UserError(
+            f"data.length is {run.spec.length}, and with a new token it has {length}; accepted: shorter prompts."
+        )
     else:
         tokens = jnp.zeros((1, length), jnp.int32)
         model.hidden(tokens, mask=masks.bidirectional().packed(tokens + 1))

@@ -113,7 +113,7 @@ class TrainedRun:
                 "teach a model to fill masks; accepted: a run of a masked language model, such as "
                 "objective.name=masked_lm."
             )
-        return fill_text(self.model, self.tokenizer, text, k)
+        return fill_text(self.model, self.tokenizer, text, k, framed=not self.unmasks)
 
     def _check_decoding(self, settings: DecodingConfig | UnmaskingConfig) -> None:
         if isinstance(settings, UnmaskingConfig) == self.unmasks:
