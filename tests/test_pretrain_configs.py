@@ -111,6 +111,7 @@ def test_the_published_sizes() -> None:
     published = {"bert_base": 110, "bert_large": 335, "gpt2_124m": 124, "gpt2_355m": 355, "gpt2_774m": 774}
     published |= {"gpt2_1.5b": 1558, "decoder_1b": 1100, "decoder_8b": 8030}
     published |= {"multi_token_1b": 1100}  # decoder_1b's, three layers of which are heads
+    published |= {"llada_1b": 1490}
     published |= {"gpt1_117m": 117, "gpt3_125m": 125, "gpt3_1.3b": 1320, "gpt3_6.7b": 6660}
     # To whole millions. ALBERT with the heads of both objectives; its xxlarge is 235 in the paper and 223 as released.
     # ELECTRA: the discriminator with its embeddings, without the generator.

@@ -168,6 +168,10 @@ def evaluate(
     pooling: Annotated[
         str | None, typer.Option(help="Of --similarity: first, mean or last token; the objective's, or mean.")
     ] = None,
+    bound: Annotated[
+        int | None,
+        typer.Option(help="Of masked diffusion: bound the likelihood by this many noised copies of each text instead."),
+    ] = None,
     best: Best = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -185,13 +189,15 @@ def evaluate(
     keep_programs()
     with agreed("config"):
         experiment = _experiment(run, overrides or ())
-    evaluating.check_options(task, generation, split, similarity, columns or pooling)
+    evaluating.check_options(task, generation, split, similarity, columns or pooling, bound)
     if similarity is not None:
         evaluating.print_similarity(experiment, similarity, columns, pooling, best=best, as_json=as_json)
     elif task is not None:
         evaluating.print_task(experiment, task, best=best, as_json=as_json)
     elif generation:
         evaluating.print_generation(experiment, best=best, as_json=as_json)
+    elif bound is not None:
+        evaluating.print_bound(experiment, split, bound, best=best, as_json=as_json)
     else:
         evaluating.print_split(experiment, split, best=best, as_json=as_json)
 
@@ -301,11 +307,18 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the draws; 0.")] = None,
     num_beams: Annotated[int | None, typer.Option("--beam", help="Beam search with this many beams.")] = None,
     length_penalty: Annotated[float | None, typer.Option(help="With --beam: larger prefers longer texts; 0.6.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of masked diffusion: rounds; one for each token.")] = None,
+    block_length: Annotated[
+        int | None, typer.Option("--block", help="Of masked diffusion: write blocks of this length, left to right.")
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(help="Of masked diffusion, what is unmasked first: confidence or random; confidence.")
+    ] = None,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token's log-probability in nats.")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Print how repetitive and diverse the texts are.")] = False,
     best: Best = False,
 ) -> None:
-    """Continue a prompt with a causal model, or answer it after examples of a task.
+    """Continue a prompt, or answer it after examples of a task, with a model that is causal or of masked diffusion.
 
     Example: lmobj generate runs/quickstart --prompt "The function returns" --temperature 0.8 --top-p 0.95
 
@@ -316,24 +329,30 @@ def generate(
     from lmobj.errors import UserError
     from lmobj.train.trained import on_one_device, open_run
 
+    experiment = _experiment(run)
     chosen = settings(
-        {"num_beams": num_beams, "length_penalty": length_penalty},
+        experiment.objective,
         {
+            "max_new_tokens": max_new_tokens,
+            "num_samples": num_samples,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
             "seed": seed,
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+            "steps": steps,
+            "block_length": block_length,
+            "order": order,
         },
-        {"max_new_tokens": max_new_tokens, "num_samples": num_samples},
     )
     given = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     if not given:
         raise UserError("there is no prompt; accepted: --prompt TEXT, or --prompts FILE.")
     task = few_shot(examples, shots, instruction, template, separator)
     keep_programs()
-    experiment = _experiment(run)
     trained = open_run(on_one_device(experiment), best=best)
     tell_weights(experiment)
     if task is None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmobj.data import Tokenizer
 from lmobj.errors import UserError
-from lmobj.evaluate import BeamConfig, Continuation, DecodingConfig, Filling, Infilling, SamplingConfig, text_statistics
+from lmobj.evaluate import (
+    BeamConfig,
+    Continuation,
+    DecodingConfig,
+    Filling,
+    Infilling,
+    SamplingConfig,
+    UnmaskingConfig,
+    text_statistics,
+)
+from lmobj.objectives import MaskedDiffusion
 
 __all__ = ["print_continuations", "print_fillings", "print_infilling", "print_statistics", "settings"]
 
@@ -20,26 +31,39 @@ _STATISTICS = {
 }
 
 
-def settings(beam: Mapping[str, Any], sampling: Mapping[str, Any], common: Mapping[str, Any]) -> DecodingConfig:
-    """Beam search where a number of beams is given, else sampling; options that were not given keep their defaults.
+_METHODS = {
+    SamplingConfig: "drawing without --beam",
+    BeamConfig: "a search with --beam",
+    UnmaskingConfig: "unmasking by a run of masked_diffusion",
+}
+_FLAGS = {"max_new_tokens": "tokens", "num_samples": "samples", "num_beams": "beam", "block_length": "block"}
+"""Options that have other names than the settings."""
+
+
+def settings(objective: Any, options: Mapping[str, Any]) -> DecodingConfig | UnmaskingConfig:
+    """Unmasking for a run of masked diffusion; else beam search where a number of beams is given, else sampling.
+
+    Args:
+      objective: of the run, as its config has it.
+      options: settings by name; those that were not given are None, and keep their defaults.
 
     Raises:
-      UserError: options of both methods, or a value out of range.
+      UserError: an option of another method, or a value out of range.
     """
-    given = [
-        {name: value for name, value in options.items() if value is not None} for options in (beam, sampling, common)
-    ]
-    if "num_beams" in given[0]:
-        if given[1]:
-            option = next(iter(given[1]))
+    given = {name: value for name, value in options.items() if value is not None}
+    fields = {method: {field.name for field in dataclasses.fields(method)} for method in _METHODS}
+    method: type[Any] = BeamConfig if "num_beams" in given else SamplingConfig
+    if isinstance(objective, MaskedDiffusion):
+        method = UnmaskingConfig
+    for name, value in given.items():
+        if name not in fields[method]:
+            accepted = " or ".join(_METHODS[one] for one in _METHODS if name in fields[one])
             raise UserError(
-                f"--{option.replace('_', '-')} is {given[1][option]}, and --beam searches instead of drawing; "
-                "accepted: one of the two."
+                f"--{_FLAGS.get(name, name).replace('_', '-')} is {value}, which is no setting of {_METHODS[method]}; "
+                f"accepted: {accepted}."
             )
-        return BeamConfig(**given[0], **given[2])
-    if given[0]:
-        raise UserError(f"--length-penalty is {given[0]['length_penalty']}; accepted: together with --beam only.")
-    return SamplingConfig(**given[1], **given[2])
+    chosen: DecodingConfig | UnmaskingConfig = method(**given)
+    return chosen
 
 
 def print_continuations(

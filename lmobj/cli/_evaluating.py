@@ -1,5 +1,5 @@
-"""What `eval` prints: the figures of a split, of a task told in prompts (`--task`), of texts (`--generation`), or of
-vectors of sentences (`--similarity`)."""
+"""What `eval` prints: the figures of a split, or its bound (`--bound`), of a task told in prompts (`--task`), of texts
+(`--generation`), or of vectors of sentences (`--similarity`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lmobj.cli._printing import print_table, tell_weights
 from lmobj.config import Experiment, load_task
 from lmobj.errors import UserError
 from lmobj.evaluate import GenerationConfig
+from lmobj.train.diffusion import held_out_bound
 from lmobj.train.distributed import is_first
 from lmobj.train.generation import check_generation, figure_rows, generation_study
 from lmobj.train.run_folder import RunFolder
@@ -20,23 +21,30 @@ from lmobj.train.similarity import COLUMNS, evaluate_similarity
 from lmobj.train.task_evaluation import TaskResult, evaluate_task
 from lmobj.train.trained import on_one_device, open_run
 
-__all__ = ["check_options", "print_generation", "print_similarity", "print_split", "print_task"]
+__all__ = ["check_options", "print_bound", "print_generation", "print_similarity", "print_split", "print_task"]
 
 
 def check_options(
-    task: Path | None, generation: bool, split: str, similarity: Path | None = None, of_similarity: str | None = None
+    task: Path | None,
+    generation: bool,
+    split: str,
+    similarity: Path | None = None,
+    of_similarity: str | None = None,
+    bound: int | None = None,
 ) -> None:
     """Refuses options of `eval` that do not go together."""
-    if task is not None and generation:
-        raise UserError(f"--task is {str(task)!r}, and --generation is given too; accepted: one of the two.")
-    if similarity is not None and (generation or task is not None):
-        option = "--generation" if generation else "--task"
-        raise UserError(f"--similarity is {str(similarity)!r}, and {option} is given too; accepted: one of the two.")
+    instead = {"--similarity": similarity, "--task": task, "--bound": bound, "--generation": generation or None}
+    given = {name: value for name, value in instead.items() if value is not None}
+    if len(given) > 1:
+        (first, value), (second, _), *_ = given.items()
+        shown = repr(str(value)) if isinstance(value, Path) else value
+        raise UserError(f"{first} is {shown}, and {second} is given too; accepted: one of the two.")
     if similarity is None and of_similarity is not None:
         raise UserError("--columns or --pooling is given without --similarity; accepted: the two of --similarity.")
-    if split != "validation" and (generation or task is not None or similarity is not None):
-        option = "--generation" if generation else "--task" if similarity is None else "--similarity"
-        raise UserError(f"--split is {split}, and {option} does not evaluate a split; accepted: one of the two.")
+    if split != "validation" and given.keys() - {"--bound"}:
+        raise UserError(
+            f"--split is {split}, and {next(iter(given))} does not evaluate a split; accepted: one of the two."
+        )
 
 
 def print_split(experiment: Experiment, split: str, *, best: bool, as_json: bool) -> None:
@@ -62,6 +70,17 @@ def print_split(experiment: Experiment, split: str, *, best: bool, as_json: bool
         print()
         print_table(told.header, told.lines())
         print(f"\nFiles: {', '.join(map(str, files))}")
+
+
+def print_bound(experiment: Experiment, split: str, samples: int, *, best: bool, as_json: bool) -> None:
+    """Bounds the likelihood of a split by this many noised copies of each document, and prints the figures."""
+    trained = open_run(on_one_device(experiment), best=best, quiet=as_json)
+    figures = held_out_bound(trained, split, samples=samples, quiet=as_json)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    tell_weights(experiment)
+    print_table(("metric", split), [(name, f"{value:.6g}") for name, value in sorted(figures.items())])
 
 
 def print_generation(experiment: Experiment, *, best: bool, as_json: bool) -> None:

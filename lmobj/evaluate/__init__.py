@@ -32,6 +32,7 @@ from lmobj.evaluate._class_scores import (
 )
 from lmobj.evaluate._cloze import Cloze, cloze_hits
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
+from lmobj.evaluate._diffusion_bound import DiffusionBounds, diffusion_bounds
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
 from lmobj.evaluate._generation import (
@@ -75,6 +76,7 @@ from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task
 from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
 from lmobj.evaluate._text import Continuation, Filling, Infilling, continue_text, fill_text, infill_text, masked_tokens
 from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
+from lmobj.evaluate._unmasking import UnmaskingConfig, unmask
 from lmobj.evaluate._written import write_targets
 
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "ConfusionPicture",
     "Continuation",
     "DecodingConfig",
+    "DiffusionBounds",
     "EntityReport",
     "EntityScore",
     "ExampleScores",
@@ -123,6 +126,7 @@ __all__ = [
     "TaskReport",
     "TextFigures",
     "TextStatistics",
+    "UnmaskingConfig",
     "answer_f1",
     "answer_queries",
     "answer_questions",
@@ -140,6 +144,7 @@ __all__ = [
     "continuation_log_probs",
     "continue_text",
     "cosine_scores",
+    "diffusion_bounds",
     "distinct_share",
     "draw_confusion",
     "exact_match",
@@ -182,6 +187,7 @@ __all__ = [
     "top_p_filter",
     "uniformity",
     "unigram_top_k",
+    "unmask",
     "word_overlap",
     "write_targets",
 ]

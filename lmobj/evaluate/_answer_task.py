@@ -1,4 +1,4 @@
-"""A task told in a prompt, whose answers are ranked by how probable a causal model finds them.
+"""A task told in a prompt, whose answers are ranked by how probable a model finds them.
 
 # sentiment.yaml
 source: {name: tsv, files: [dev.tsv], columns: [sentence, label], text: sentence, label: label}
@@ -57,6 +57,8 @@ class AnswerTask:
     the input (`prior`)."""
     limit: int | None = None
     """Most questions to answer, drawn at random; null: all."""
+    samples: int | None = None
+    """Of a model of masked diffusion, which bounds likelihoods: noised copies of each answer, at least 2; null: 128."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or "\\" in self.name or self.name in (".", ".."):
@@ -65,6 +67,8 @@ class AnswerTask:
             raise UserError(f"shots is {self.shots}; accepted: 0 to {_MOST_SHOTS}.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is {self.limit}; accepted: at least 1, or null for all.")
+        if self.samples is not None and self.samples < 2:
+            raise UserError(f"samples is {self.samples}; accepted: at least 2, or null for 128.")
         if not self.separator:
             raise UserError('separator is ""; accepted: a text that stands between examples, such as a line break.')
         prompt = self.prompt

@@ -4,8 +4,8 @@
     generated = generate(model, [prompt], SamplingConfig(top_p=0.9, num_samples=3), eos=vocab.eos)
     text = tokenizer.decode(generated.tokens[0, 0, : generated.lengths[0, 0]])
 
-`generate` works on the host with prompts of any lengths; `sample` and `beam_search` are what it compiles, and can be
-called inside other compiled code. Rows are independent: padding and neighbours change neither tokens nor draws.
+`generate` works on the host with prompts of any lengths; `sample`, `beam_search` and `unmask` are what it compiles, and
+can be called inside other compiled code. Rows are independent: padding and neighbours change neither tokens nor draws.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from lmobj.errors import UserError
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated, HeadModel, output_logits
 from lmobj.evaluate._sampling import SamplingConfig, sample
+from lmobj.evaluate._unmasking import UnmaskingConfig, unmask
 from lmobj.models import CachedModel, LanguageModel
 
 __all__ = ["DecodingConfig", "FilledMasks", "check_prompts", "fill_masks", "generate", "sample_keys"]
 
 DecodingConfig = SamplingConfig | BeamConfig
-"""How to decode, told apart by `name`."""
+"""How to decode with a causal model, told apart by `name`."""
 
 
 class FilledMasks(NamedTuple):
@@ -43,23 +44,32 @@ class FilledMasks(NamedTuple):
 
 
 def generate(
-    model: CachedModel, prompts: Sequence[ArrayLike], settings: DecodingConfig, *, eos: int | None = None
+    model: CachedModel | LanguageModel,
+    prompts: Sequence[ArrayLike],
+    settings: DecodingConfig | UnmaskingConfig,
+    *,
+    eos: int | None = None,
+    mask_id: int | None = None,
 ) -> Generated:
     """Continues each prompt; returns host arrays of P prompts x N samples x at most `max_new_tokens` tokens.
 
     Compiles once per (model structure, number of prompts, longest prompt, settings, eos).
 
     Args:
-      model: an NNX module that is a `CachedModel`.
+      model: an NNX module that is a `CachedModel`; for unmasking, one that masked diffusion has trained.
       prompts: P one-dimensional arrays of token ids, each of at least 1 token.
-      settings: sampling (greedy with temperature 0) or beam search.
+      settings: sampling (greedy with temperature 0), beam search or unmasking.
       eos: the token that ends a text; None: every text has `max_new_tokens` tokens.
+      mask_id: for unmasking, what stands for a token to be written.
 
     Raises:
-      UserError: the model has no cache; no prompt, a prompt without tokens or with ids outside the vocabulary, an
-        `eos` outside it, or texts longer than the model allows.
+      UserError: the model has no cache, or unmasking no `mask_id`; no prompt, a prompt without tokens or with ids
+        outside the vocabulary, an `eos` outside it, or texts longer than the model allows.
     """
-    if not isinstance(model, CachedModel):
+    if isinstance(settings, UnmaskingConfig):
+        if mask_id is None:
+            raise UserError("unmasking needs a vocabulary with a [MASK] token, and mask_id is None.")
+    elif not isinstance(model, CachedModel):
         raise UserError(
             f"model is {type(model).__name__}, which reads in both directions or has no cache; text can be generated "
             "by causal models that have `init_cache` and `step`."
@@ -77,7 +87,10 @@ def generate(
     keys = sample_keys(settings.seed, count, samples)
     settings = dataclasses.replace(settings, seed=0)  # so that another seed does not compile again
     padded, lengths = np.repeat(padded, samples, axis=0), np.repeat(lengths, samples)
-    generated = jax.device_get(_sample(graphdef, state, padded, lengths, keys, settings, eos))
+    if isinstance(settings, UnmaskingConfig):
+        generated = jax.device_get(_unmask(graphdef, state, padded, lengths, keys, settings, mask_id, eos))
+    else:
+        generated = jax.device_get(_sample(graphdef, state, padded, lengths, keys, settings, eos))
     return Generated(*(x.reshape(count, samples, *x.shape[1:]) for x in generated))
 
 
@@ -130,6 +143,21 @@ def _sample(
     eos: int | None,
 ) -> Generated:
     return sample(nnx.merge(graphdef, state), prompts, lengths, keys, settings=settings, eos=eos)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _unmask(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    prompts: Int[Array, "PN L"],
+    lengths: Int[Array, " PN"],
+    keys: Key[Array, " PN"],
+    settings: UnmaskingConfig,
+    mask_id: int,
+    eos: int | None,
+) -> Generated:
+    model = nnx.merge(graphdef, state)
+    return unmask(model, prompts, lengths, keys, settings=settings, mask_id=mask_id, eos=eos)
 
 
 def sample_keys(seed: int, prompts: int, samples: int) -> Key[Array, " PN"]:

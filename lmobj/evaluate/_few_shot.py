@@ -21,7 +21,8 @@ from lmobj.data import Tokenizer
 from lmobj.errors import UserError
 from lmobj.evaluate._decoding import DecodingConfig
 from lmobj.evaluate._text import Continuation, continue_text
-from lmobj.models import CachedModel
+from lmobj.evaluate._unmasking import UnmaskingConfig
+from lmobj.models import CachedModel, LanguageModel
 
 __all__ = ["Answers", "FewShot", "Shot", "answer_queries", "choose_shots"]
 
@@ -162,19 +163,20 @@ def choose_shots(examples: Sequence[Example], shots: int | None, *, seed: int, q
 
 
 def answer_queries(
-    model: CachedModel,
+    model: CachedModel | LanguageModel,
     tokenizer: Tokenizer,
     task: FewShot,
     examples: Sequence[Shot],
     queries: Sequence[str],
-    settings: DecodingConfig,
+    settings: DecodingConfig | UnmaskingConfig,
     *,
     shots: int | None = None,
 ) -> Answers:
     """Answers each query after the examples of its task.
 
     Args:
-      model: a causal model; its `config.max_length`, if it has one, bounds the prompt and the new tokens together.
+      model: as for `continue_text`; its `config.max_length`, if it has one, bounds the prompt and the new tokens
+        together.
       tokenizer: the model's.
       task: how prompts are made.
       examples: of the task.
@@ -186,7 +188,9 @@ def answer_queries(
       UserError: too few examples, a query that does not fit, or a model that cannot generate.
     """
     context = getattr(getattr(model, "config", None), "max_length", None)
-    room = None if context is None else context - settings.max_new_tokens + 1  # the last token is not read again
+    room = None if context is None else context - settings.max_new_tokens
+    if room is not None and not isinstance(settings, UnmaskingConfig):
+        room += 1  # the last token is not read again
     seed = getattr(settings, "seed", 0)
     chosen = [choose_shots(examples, shots, seed=seed, query=i) for i in range(len(queries))]
 

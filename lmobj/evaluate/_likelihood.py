@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -25,7 +25,16 @@ from lmobj.errors import UserError
 from lmobj.evaluate._cached import check_reads_rows
 from lmobj.models import LanguageModel
 
-__all__ = ["Normalisation", "ScoredText", "answer_scores", "continuation_log_probs", "same_start", "scored_text"]
+__all__ = [
+    "Normalisation",
+    "ScoredText",
+    "answer_scores",
+    "batch_rows",
+    "continuation_log_probs",
+    "row_shapes",
+    "same_start",
+    "scored_text",
+]
 
 Normalisation = Literal["sum", "tokens", "bytes", "prior"]
 """What the log-likelihood of an answer is set against; see `answer_scores`."""
@@ -99,18 +108,13 @@ def continuation_log_probs(
                 f"row {number} has {len(row.tokens)} tokens, scored from {row.start}; accepted: at least one token "
                 "before those that are scored, and one that is."
             )
-    shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        length, places = len(row.tokens) - 1, len(row.tokens) - row.start  # the last token is not read
-        shapes[_rounded(length, _LEAST_LENGTH), _rounded(places, _LEAST_PLACES)].append(number)
-    context = getattr(getattr(model, "config", None), "max_length", None)
     graph, state = nnx.split(model)
     found: list[NDArray[np.float64]] = [np.zeros(0)] * len(rows)
     count = 0
-    for (rounded, places), numbers in sorted(shapes.items()):
-        longest = max(len(rows[number].tokens) - 1 for number in numbers)
-        length = rounded if context is None else max(min(rounded, context), longest)  # if too long, the model says so
-        size = min(_MOST_ROWS, max(1, _BATCH_TOKENS // length), _rounded(len(numbers), 1))
+    # The last token is not read.
+    sizes = [(len(row.tokens) - 1, len(row.tokens) - row.start) for row in rows]
+    for numbers, length, places in row_shapes(model, sizes):
+        size = batch_rows(length, len(numbers))
         for first in range(0, len(numbers), size):
             batch = numbers[first : first + size]
             arrays = _padded([rows[number] for number in batch], size, length, places)
@@ -169,6 +173,28 @@ def answer_scores(
     if (against < 1).any():
         raise UserError(f"an answer has {against.min():g} {normalise}; accepted: answers of at least 1.")
     return values / against
+
+
+def row_shapes(model: LanguageModel, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[list[int], int, int]]:
+    """Rows of like sizes together: their numbers, and the length and the places that all of them are padded to.
+
+    Args:
+      model: its `config.max_length`, if it has one, is the most that a length is rounded up to.
+      sizes: tokens and scored places of each row.
+    """
+    shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, (length, places) in enumerate(sizes):
+        shapes[_rounded(length, _LEAST_LENGTH), _rounded(places, _LEAST_PLACES)].append(number)
+    context = getattr(getattr(model, "config", None), "max_length", None)
+    for (rounded, places), numbers in sorted(shapes.items()):
+        longest = max(sizes[number][0] for number in numbers)
+        # If it is too long, the model says so.
+        yield numbers, rounded if context is None else max(min(rounded, context), longest), places
+
+
+def batch_rows(length: int, count: int) -> int:
+    """Rows in a batch, of `count` rows of `length` tokens."""
+    return min(_MOST_ROWS, max(1, _BATCH_TOKENS // length), _rounded(count, 1))
 
 
 def _rounded(number: int, least: int) -> int:

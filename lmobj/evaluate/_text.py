@@ -18,6 +18,7 @@ from lmobj.data import Tokenizer
 from lmobj.errors import UserError
 from lmobj.evaluate._cached import Generated, check_reads_rows
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
+from lmobj.evaluate._unmasking import UnmaskingConfig
 from lmobj.models import CachedModel, LanguageModel
 
 __all__ = [
@@ -63,17 +64,17 @@ class Infilling(NamedTuple):
 
 
 def continue_text(
-    model: CachedModel,
+    model: CachedModel | LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    settings: DecodingConfig,
+    settings: DecodingConfig | UnmaskingConfig,
     *,
     suffix: tuple[int, ...] = (),
 ) -> list[list[Continuation]]:
     """Continues each prompt; for every prompt the samples or beams, the best beam first.
 
     Args:
-      model: a causal model.
+      model: a causal model; for unmasking, one that masked diffusion has trained.
       tokenizer: the model's.
       prompts: texts.
       settings: how to decode.
@@ -86,7 +87,8 @@ def continue_text(
     if not all(len(ids) for ids in encoded):
         raise UserError("the prompt is empty; accepted: a text of at least one character.")
     encoded = [np.concatenate([ids, np.array(suffix, np.int32)]) for ids in encoded]
-    return continuations(tokenizer, generate(model, encoded, settings, eos=tokenizer.vocabulary.eos))
+    vocab = tokenizer.vocabulary
+    return continuations(tokenizer, generate(model, encoded, settings, eos=vocab.eos, mask_id=vocab.mask))
 
 
 def continuations(tokenizer: Tokenizer, generated: Generated) -> list[list[Continuation]]:
@@ -98,10 +100,19 @@ def continuations(tokenizer: Tokenizer, generated: Generated) -> list[list[Conti
     return results
 
 
-def fill_text(model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5) -> tuple[str, list[Filling]]:
+def fill_text(
+    model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5, *, framed: bool = True
+) -> tuple[str, list[Filling]]:
     """Guesses each [MASK] of a text by itself.
 
     Spaces before a mask are part of what is guessed, because word pieces carry the space before them.
+
+    Args:
+      model: a model that sees both sides.
+      tokenizer: the model's.
+      text: with masks.
+      k: guesses for each mask.
+      framed: as for `masked_tokens`.
 
     Returns:
       The text with each mask filled by its most probable piece, and the k best pieces of each mask.
@@ -111,7 +122,7 @@ def fill_text(model: LanguageModel, tokenizer: Tokenizer, text: str, k: int = 5)
         1..vocabulary size.
     """
     check_reads_rows(model)
-    tokens, where = masked_tokens(tokenizer, text)
+    tokens, where = masked_tokens(tokenizer, text, framed=framed)
     size = tokenizer.vocabulary.size
     if not 1 <= k <= size:
         raise UserError(f"k is {k}; accepted: 1 to {size} guesses.")
@@ -161,11 +172,19 @@ def infill_text(
     ]
 
 
-def masked_tokens(tokenizer: Tokenizer, text: str) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
-    """A text with masks as the one row that a masked language model reads, and where in it the masks are.
+def masked_tokens(
+    tokenizer: Tokenizer, text: str, *, framed: bool = True
+) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
+    """A text with masks as the one row that a model reads, and where in it the masks are.
+
+    Args:
+      tokenizer: the model's.
+      text: with masks.
+      framed: between [CLS] and [SEP], where the vocabulary has them, as masked language models read; else by itself,
+        as models of masked diffusion do.
 
     Returns:
-      [1, L] token ids between [CLS] and [SEP], where the vocabulary has them, and [1, K] indices.
+      [1, L] token ids and [1, K] indices.
 
     Raises:
       UserError: the vocabulary has no mask, or the text has none.
@@ -177,7 +196,7 @@ def masked_tokens(tokenizer: Tokenizer, text: str) -> tuple[NDArray[np.int32], N
     if mask not in text:
         raise UserError(f"the text {text!r} has no {mask}; write {mask} where a token is to be guessed.")
     body = tokenizer.encode(re.sub(rf"\s*{re.escape(mask)}", mask, text), special=True)
-    ends = [[] if token is None else [token] for token in (vocab.cls, vocab.sep)]
+    ends = [[token] if framed and token is not None else [] for token in (vocab.cls, vocab.sep)]
     tokens = np.concatenate([ends[0], body, ends[1]]).astype(np.int32)[None]
     return tokens, np.flatnonzero(tokens == vocab.mask)[None]
 

@@ -6,7 +6,7 @@ Callers vmap over rows with one key per row. Nothing here knows a model or an ob
 from __future__ import annotations
 
 from lmobj.noise._counts import ceil_share
-from lmobj.noise._diffusion import DiffusedTokens, diffuse_tokens
+from lmobj.noise._diffusion import DiffusedTokens, diffuse_count, diffuse_tokens
 from lmobj.noise._dropout import dropout
 from lmobj.noise._fill_in_middle import FilledInMiddle, fill_in_middle, join_middle
 from lmobj.noise._hash import fold_index, fold_places, gumbel
@@ -62,6 +62,7 @@ __all__ = [
     "ReplacedTokens",
     "ceil_share",
     "check_permutation",
+    "diffuse_count",
     "diffuse_tokens",
     "drop_tokens",
     "dropout",

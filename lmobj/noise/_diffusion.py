@@ -4,6 +4,9 @@
     LLaDA:  chance t,              weight of a masked token 1 / t
     MDLM:   chance (1 - eps) t,    weight of a masked token 1 / t
 
+In training t is drawn. To evaluate, k of n tokens are masked, k even in 1 .. n, with weight n / k: the same mean
+without the noise of how many are masked, for int_0^1 t^k (1 - t)^(n - k) / t dt = 1 / (k C(n, k)).
+
 LLaDA's code calls its u the time, and our t the chance p = (1 - eps) u + eps. Nie et al. 2025, "Large Language
 Diffusion Models", eq. 3; Sahoo et al. 2024, "Simple and Effective Masked Diffusion Language Models", eq. 11 with the
 log-linear schedule, for which the weight sigma' / (exp(sigma) - 1) is 1 / t.
@@ -18,8 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmobj.errors import UserError
+from lmobj.noise._masking import select_exactly
 
-__all__ = ["DiffusedTokens", "diffuse_tokens"]
+__all__ = ["DiffusedTokens", "diffuse_count", "diffuse_tokens"]
 
 
 class DiffusedTokens(NamedTuple):
@@ -28,7 +32,7 @@ class DiffusedTokens(NamedTuple):
     tokens: Int[Array, " L"]
     """The row with the masked tokens replaced."""
     weights: Float[Array, " L"]
-    """1 / t of a masked token's document, 0 elsewhere; float32."""
+    """1 / t of a masked token's document, or n / k, and 0 elsewhere; float32."""
 
 
 def diffuse_tokens(
@@ -70,3 +74,28 @@ def diffuse_tokens(
     masked = candidates & (jax.random.uniform(mask_key, tokens.shape, jnp.float32) < chance * time)
     noised = jnp.where(masked, jnp.asarray(mask_id, tokens.dtype), tokens)
     return DiffusedTokens(noised, jnp.where(masked, 1 / time, 0).astype(jnp.float32))
+
+
+def diffuse_count(
+    key: Key[Array, ""],
+    tokens: Int[Array, " L"],
+    candidates: Bool[Array, " L"],
+    count: Int[Array, ""] | int,
+    *,
+    mask_id: int,
+) -> DiffusedTokens:
+    """Masks `count` of the n candidates of one row, drawn without replacement, each with the weight n / count.
+
+    Args:
+      key: the row's threefry key.
+      tokens: the row.
+      candidates: True for tokens that may be masked.
+      count: from 1 to n; drawn evenly from these, the weighted losses have the mean that they have under
+        `diffuse_tokens` with an epsilon of zero.
+      mask_id: id of the mask token.
+
+    Source: Nie et al. 2025, eq. 6.
+    """
+    masked = select_exactly(key, candidates, jnp.asarray(count))
+    noised = jnp.where(masked, jnp.asarray(mask_id, tokens.dtype), tokens)
+    return DiffusedTokens(noised, jnp.where(masked, jnp.sum(candidates) / count, 0).astype(jnp.float32))

@@ -99,7 +99,7 @@ def mask_tokens(
     check_masking(mask_rate, mask_share, random_share, num_predictions)
     select_key, replace_key = jax.random.split(key)
     count = masked_count(length, tokens.shape[0], mask_rate, num_predictions)
-    selected = _select(select_key, candidates, count)
+    selected = select_exactly(select_key, candidates, count)
     corrupted = replace_selected(replace_key, tokens, selected, mask_id, vocab_size, mask_share, random_share)
     return gather_selected(tokens, corrupted, selected, num_predictions)
 
@@ -137,7 +137,7 @@ def mask_tokens_roberta(
     whole = jnp.asarray([math.floor(x) for x in expected], jnp.int32)[length]
     fraction = jnp.asarray([x - math.floor(x) for x in expected], jnp.float32)[length]
     count = whole + (jax.random.uniform(count_key, dtype=jnp.float32) < fraction)
-    selected = _select(select_key, candidates, jnp.minimum(count, num_predictions))
+    selected = select_exactly(select_key, candidates, jnp.minimum(count, num_predictions))
     corrupted = replace_selected(
         replace_key, tokens, selected, mask_id, vocab_size, mask_share, random_share, special_ids
     )
@@ -202,7 +202,7 @@ def selection_scores(key: Key[Array, ""], valid: Bool[Array, " N"]) -> UInt32[Ar
     return jnp.where(valid, bits >> 1, jnp.uint32(0xFFFFFFFF))
 
 
-def _select(key: Key[Array, ""], candidates: Bool[Array, " L"], count: Int[Array, ""]) -> Bool[Array, " L"]:
+def select_exactly(key: Key[Array, ""], candidates: Bool[Array, " L"], count: Int[Array, ""]) -> Bool[Array, " L"]:
     """Marks `count` candidates, or all if there are fewer, uniformly without replacement."""
     order = jnp.argsort(selection_scores(key, candidates))
     first = jnp.arange(candidates.shape[0]) < count

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmobj import masks
 from lmobj.errors import UserError
 from lmobj.evaluate import (
     SamplingConfig,
+    UnmaskingConfig,
     check_reads_rows,
     continue_text,
     fill_masks,
@@ -20,6 +22,7 @@ from lmobj.evaluate import (
     masked_tokens,
 )
 from lmobj.models import CachedModel
+from lmobj.objectives import MaskedDiffusion
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
@@ -34,6 +37,8 @@ __all__ = ["check_samples", "summarise"]
 
 _SAMPLING = SamplingConfig(max_new_tokens=80, temperature=0.8, top_p=0.95)
 """How prompts are continued; by fewer tokens where the model has no room for so many."""
+_UNMASKING = UnmaskingConfig(temperature=0.8, order="random")
+"""How a model of masked diffusion continues them; up to the length of the rows that it was trained on."""
 
 
 def check_samples(run: Assembly) -> None:
@@ -50,14 +55,14 @@ def check_samples(run: Assembly) -> None:
 
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
-        if _writes(run, model):
+        if _writes(run, model, prompt):
             length = len(tokenizer.encode(prompt))
             if length == 0:
                 raise UserError("it is empty; accepted: a text of at least one character.")
-            model.init_cache(1, length + 1)
+            _check_room(run, model, length + 1)
         else:
             check_reads_rows(model)
-            tokens, where = masked_tokens(tokenizer, prompt)
+            tokens, where = masked_tokens(tokenizer, prompt, framed=not _unmasks(run))
             fill_masks(model, jnp.asarray(tokens), jnp.asarray(where), k=1)
 
     for prompt in run.config.sample:
@@ -108,30 +113,54 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
 def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
     """The config's prompts, continued by models that generate and filled by models that fill masks."""
     prompts, tokenizer = run.config.sample, run.dataset.tokenizer
-    if _writes(run, model):
-        longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
-        settings = dataclasses.replace(_SAMPLING, max_new_tokens=_room(model, longest))
-        texts = [
-            prompt + one[0].text
-            for prompt, one in zip(prompts, continue_text(model, tokenizer, prompts, settings), strict=True)
-        ]
-    else:
-        texts = [fill_text(model, tokenizer, prompt)[0] for prompt in prompts]
-    return [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    continued = [prompt for prompt in prompts if _writes(run, model, prompt)]
+    framed = not _unmasks(run)
+    texts = {
+        prompt: fill_text(model, tokenizer, prompt, framed=framed)[0] for prompt in prompts if prompt not in continued
+    }
+    if continued:
+        settings = _UNMASKING if _unmasks(run) else _SAMPLING
+        longest = max(len(tokenizer.encode(prompt)) for prompt in continued)
+        settings = dataclasses.replace(settings, max_new_tokens=_room(run, model, longest))
+        written = continue_text(model, tokenizer, continued, settings)
+        texts |= {prompt: prompt + one[0].text for prompt, one in zip(continued, written, strict=True)}
+    return [{"step": step, "prompt": prompt, "text": texts[prompt]} for prompt in prompts]
 
 
-def _writes(run: Assembly, model: Any) -> TypeGuard[CachedModel]:
+def _unmasks(run: Assembly) -> bool:
+    """Whether the model is one of masked diffusion, which does both: it fills masks and writes by unmasking."""
+    return isinstance(run.config.objective, MaskedDiffusion)
+
+
+def _writes(run: Assembly, model: Any, prompt: str) -> bool:
     """Whether the model writes on from a prompt: one that could, and was not taught to fill masks instead."""
+    if _unmasks(run):
+        tokenizer = run.dataset.tokenizer
+        (mask_id,) = tokenizer.vocabulary.require("masked diffusion", "mask")
+        return tokenizer.piece(mask_id) not in prompt
     objective = run.objective
     return isinstance(model, CachedModel) and (objective.causal or not objective.fills_masks)
 
 
-def _room(model: CachedModel, length: int) -> int:
+def _check_room(run: Assembly, model: Any, length: int) -> None:
+    """Raises ValueError where the model has no room for a text of `length` tokens."""
+    if not _unmasks(run):
+        model.init_cache(1, length)
+    elif length > run.spec.length:
+        raise UserError(
+            f"data.length is {run.spec.length}, and with a new token it has {length}; accepted: shorter prompts."
+        )
+    else:
+        tokens = jnp.zeros((1, length), jnp.int32)
+        model.hidden(tokens, mask=masks.bidirectional().packed(tokens + 1))
+
+
+def _room(run: Assembly, model: Any, length: int) -> int:
     """New tokens that the model has room for after a prompt of `length`, up to those of `_SAMPLING`."""
 
     def accepted(total: int) -> bool:
         try:
-            jax.eval_shape(lambda: model.init_cache(1, total))
+            jax.eval_shape(lambda: _check_room(run, model, total))
         except ValueError:
             return False
         return True

@@ -1,4 +1,6 @@
-"""Zero- and few-shot evaluation of a run: a causal model answers by which answer it finds most probable.
+"""Zero- and few-shot evaluation of a run: its model answers by which answer it finds most probable.
+
+A causal model says how probable an answer is, and one of masked diffusion how probable at least.
 
 found = evaluate_task(open_run(config), load_task("sentiment.yaml"))
 found.figures["accuracy"], found.report.macro_f1
@@ -27,6 +29,7 @@ from lmobj.evaluate import (
     answer_scores,
     choose_shots,
     continuation_log_probs,
+    diffusion_bounds,
     same_start,
     score_classes,
     scored_text,
@@ -37,6 +40,8 @@ from lmobj.train.trained import TrainedRun
 
 __all__ = ["TaskResult", "evaluate_task"]
 
+_SAMPLES = 128
+"""Noised copies of each answer: LLaDA's."""
 _LEFT_OUT = 2**32 - 1
 """Keeps the draw of questions apart from those of their examples, which are numbered from 0."""
 
@@ -48,8 +53,8 @@ class TaskResult:
     figures: dict[str, Any]
     """In JSON. Of all tasks `task`, `step`, `normalise`, `examples`, `accuracy`, `majority` (the share of the commonest
     answer), `shots` and `shots_shown` (on average), and `cut`, how many questions were too long and lost their
-    beginning. Of classes also `macro_f1`, `matthews`, `majority_macro_f1`, `classes` and `confusion`; of questions with
-    choices of their own `chance`, the mean of one over the number of choices."""
+    beginning; of masked diffusion `samples`. Of classes also `macro_f1`, `matthews`, `majority_macro_f1`, `classes` and
+    `confusion`; of questions with choices of their own `chance`, the mean of one over the number of choices."""
     answers: list[dict[str, Any]]
     """Of each question `text` (and `pair`), `label`, `prediction`; of its answers `scores` and `log_likelihoods`."""
     report: ClassReport | None
@@ -90,15 +95,15 @@ def evaluate_task(trained: TrainedRun, task: AnswerTask, *, quiet: bool = False)
     beginning of the prompt, as much of it before each choice.
 
     Args:
-      trained: a run of a causal model.
+      trained: a run of a causal model, or of masked diffusion.
       task: what to ask.
       quiet: no progress bar.
 
     Raises:
-      UserError: a run that trained no causal language model, a source that cannot be read, a class without words, too
-        few examples, or a choice that is longer than the model reads.
+      UserError: a run of neither, `task.samples` for a causal model, a source that cannot be read, a class without
+        words, too few examples, or a choice that is longer than the model reads.
     """
-    _check_model(trained)
+    _check_model(trained, task)
     questions = _questions(task, task.source, "source")
     examples = [] if task.shots_source is None else _questions(task, task.shots_source, "shots_source")
     if len(examples) < task.shots:
@@ -114,7 +119,8 @@ def evaluate_task(trained: TrainedRun, task: AnswerTask, *, quiet: bool = False)
         asker.ask(question, choose_shots(told, task.shots, seed=task.seed, query=number))
         for number, question in enumerate(questions)
     ]
-    log_probs = _log_probs(model, asked, quiet=quiet)
+    samples = (task.samples or _SAMPLES) if trained.unmasks else None
+    log_probs = _log_probs(trained, model, asked, samples, task.seed, quiet=quiet)
     answers = [_line(task, question, one, log_probs) for question, one in zip(questions, asked, strict=True)]
     figures = {
         "task": task.name,
@@ -124,6 +130,7 @@ def evaluate_task(trained: TrainedRun, task: AnswerTask, *, quiet: bool = False)
         "shots": task.shots,
         "shots_shown": float(np.mean([one.shown for one in asked])),
         "cut": sum(one.cut for one in asked),
+        **({} if samples is None else {"samples": samples}),
     }
     if task.has_own_choices:
         return TaskResult({**figures, **_choice_figures(questions, answers)}, answers, None)
@@ -135,12 +142,21 @@ def evaluate_task(trained: TrainedRun, task: AnswerTask, *, quiet: bool = False)
 def _asker(trained: TrainedRun, task: AnswerTask, model: Any) -> _Asker:
     suffix = trained.assembly.spec.suffix if trained.writes_second_texts else ()
     context = getattr(getattr(model, "config", None), "max_length", None)
+    if context is not None and not trained.unmasks:
+        context += 1  # the last token is not read
     return _Asker(task, trained.tokenizer, suffix, context)
 
 
-def _check_model(trained: TrainedRun) -> None:
+def _check_model(trained: TrainedRun, task: AnswerTask) -> None:
     objective = trained.assembly.objective
+    if trained.unmasks:
+        return
     if objective.causal and objective.task is None:
+        if task.samples is not None:
+            raise UserError(
+                f"samples is {task.samples}, and the model of this run is causal, which needs none to say how probable "
+                "a text is; accepted: null, or a run of masked_diffusion."
+            )
         return
     name = getattr(objective, "name", type(objective).__name__)
     why = (
@@ -148,7 +164,10 @@ def _check_model(trained: TrainedRun) -> None:
         if objective.task is not None
         else "trains a model that sees both sides of a token: it gives no probability to a text after another"
     )
-    raise UserError(f"the objective of this run is {name}, which {why}; accepted: a causal model, as of causal_lm.")
+    raise UserError(
+        f"the objective of this run is {name}, which {why}; accepted: a causal model, as of causal_lm, or one of "
+        "masked_diffusion."
+    )
 
 
 def _questions(task: AnswerTask, source: AnswerSource, key: str) -> list[_Question]:
@@ -189,7 +208,7 @@ class _Asker:
     suffix: tuple[int, ...]
     """Ends each of two texts, where the model learned from such; the prompt is the first and an answer the second."""
     context: int | None
-    """Most tokens that the model reads; None: any number."""
+    """Most tokens of a row; None: any number."""
 
     def ask(self, question: _Question, shots: Sequence[AnsweredText]) -> _Asked:
         """The question after as many of its examples as fit, those farthest from it left out first."""
@@ -204,17 +223,17 @@ class _Asker:
         if cut and any(row.start <= cut for row in rows):
             raise UserError(
                 f"source has the question {question.text!r:.60}, an answer to which takes "
-                f"{max(len(row.tokens) - row.start for row in rows)} tokens, and the model reads {self.context}; "
-                "accepted: answers that leave room for a part of the question."
+                f"{max(len(row.tokens) - row.start for row in rows)} tokens, and a row has room for "
+                f"{self.context}; accepted: answers that leave room for a part of the question."
             )
         return _Asked([ScoredText(row.tokens[cut:], row.start - cut) for row in rows], priors, len(kept), cut > 0)
 
     def _excess(self, question: _Question, shots: Sequence[AnsweredText], left_out: int) -> int:
-        """Tokens beyond what the model reads; it does not read the last one."""
+        """Tokens beyond those that a row has room for."""
         if self.context is None:
             return 0
         rows = self._rows(question.choices, shots[left_out:], question.text, question.pair)
-        return max(len(row.tokens) for row in rows) - 1 - self.context
+        return max(len(row.tokens) for row in rows) - self.context
 
     def _rows(
         self, choices: Sequence[str], shots: Sequence[AnsweredText], text: str, pair: str | None
@@ -232,15 +251,26 @@ class _Asker:
         ]
 
 
-def _log_probs(model: Any, asked: Sequence[_Asked], *, quiet: bool) -> dict[tuple[bytes, int], float]:
-    """ln p of what is scored of each row. Rows that are alike, as those without input often are, are read once."""
+def _log_probs(
+    trained: TrainedRun, model: Any, asked: Sequence[_Asked], samples: int | None, seed: int, *, quiet: bool
+) -> dict[tuple[bytes, int], float]:
+    """ln p of what is scored of each row, or with `samples` a bound of it. Rows that are alike, as those without input
+    often are, are read once."""
     rows = {_key(row): row for one in asked for row in (*one.rows, *one.priors)}
+    every = list(rows.values())
     with progress_bar(quiet) as progress:
         bar = progress.add_task("answering", total=len(rows))
-        found = continuation_log_probs(
-            model, list(rows.values()), done=lambda count: progress.update(bar, completed=count)
-        )
-    return {key: float(values.sum()) for key, values in zip(rows, found, strict=True)}
+
+        def done(count: int) -> None:
+            progress.update(bar, completed=count)
+
+        if samples is None:
+            found = [float(values.sum()) for values in continuation_log_probs(model, every, done=done)]
+        else:
+            (mask_id,) = trained.tokenizer.vocabulary.require("masked diffusion", "mask")
+            bounds = diffusion_bounds(model, every, mask_id=mask_id, samples=samples, seed=seed, done=done)
+            found = (-bounds.nats).tolist()
+    return dict(zip(rows, found, strict=True))
 
 
 def _key(row: ScoredText) -> tuple[bytes, int]:

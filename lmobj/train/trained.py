@@ -22,11 +22,13 @@ from lmobj.evaluate import (
     Filling,
     Infilling,
     Shot,
+    UnmaskingConfig,
     answer_queries,
     continue_text,
     fill_text,
     infill_text,
 )
+from lmobj.objectives import MaskedDiffusion
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly, Experiment, assemble
 from lmobj.train.checkpoint import Checkpoints
@@ -71,11 +73,14 @@ class TrainedRun:
         """The same metrics, and of a task's run what is told of the split beside them."""
         return examine(self.assembly, self.state, split)
 
-    def continue_text(self, prompts: Sequence[str], settings: DecodingConfig) -> list[list[Continuation]]:
+    def continue_text(
+        self, prompts: Sequence[str], settings: DecodingConfig | UnmaskingConfig
+    ) -> list[list[Continuation]]:
         """Continues each prompt; for every prompt the samples or beams.
 
         A model of pairs of texts writes the second text of each, of which the prompt is the first.
         """
+        self._check_decoding(settings)
         suffix = self.assembly.spec.suffix if self.writes_second_texts else ()
         return continue_text(self.model, self.tokenizer, prompts, settings, suffix=suffix)
 
@@ -84,16 +89,22 @@ class TrainedRun:
         """Whether the rows that the model learned from are pairs of texts."""
         return self.assembly.spec.two_texts
 
+    @property
+    def unmasks(self) -> bool:
+        """Whether the model was trained by masked diffusion: it writes by unmasking, and a text has a bound."""
+        return isinstance(self.assembly.config.objective, MaskedDiffusion)
+
     def answer(
         self,
         task: FewShot,
         examples: Sequence[Shot],
         queries: Sequence[str],
-        settings: DecodingConfig,
+        settings: DecodingConfig | UnmaskingConfig,
         *,
         shots: int | None = None,
     ) -> Answers:
         """Answers each query after examples of its task; see `lmobj.evaluate.answer_queries`."""
+        self._check_decoding(settings)
         return answer_queries(self.model, self.tokenizer, task, examples, queries, settings, shots=shots)
 
     def fill_text(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:
@@ -106,7 +117,18 @@ class TrainedRun:
                 "objective.name=masked_lm, or one that learned to fill in the middle of a text, such as "
                 "objective.name=fill_in_middle."
             )
-        return fill_text(self.model, self.tokenizer, text, k)
+        return fill_text(self.model, self.tokenizer, text, k, framed=not self.unmasks)
+
+    def _check_decoding(self, settings: DecodingConfig | UnmaskingConfig) -> None:
+        if isinstance(settings, UnmaskingConfig) == self.unmasks:
+            return
+        objective = self.assembly.objective
+        how = "whose model writes by unmasking" if self.unmasks else "which does not teach a model to unmask texts"
+        accepted = "UnmaskingConfig" if self.unmasks else "SamplingConfig, BeamConfig"
+        raise UserError(
+            f"the settings are {type(settings).__name__}, and the objective of this run is "
+            f"{getattr(objective, 'name', type(objective).__name__)}, {how}; accepted: {accepted}."
+        )
 
     @property
     def fills_middles(self) -> bool:

@@ -111,6 +111,8 @@ def test_masked_tokens_stand_between_cls_and_sep(tokenizer: Tokenizer) -> None:
     assert where.tolist() == [[2, 4]]
     # Spaces before a mask belong to what is guessed: pieces carry the space before them.
     assert masked_tokens(tokenizer, "the  \t[MASK] fox [MASK]")[0].tolist() == [expected]
+    tokens, where = masked_tokens(tokenizer, "the [MASK] fox[MASK]", framed=False)
+    assert (tokens.tolist(), where.tolist()) == ([expected[1:-1]], [[1, 3]])
 
 
 def test_masks_are_filled_by_the_likeliest_pieces(tokenizer: Tokenizer) -> None:

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,7 +18,7 @@ from lmobj.data import SentencePieceConfig, Tokenizer
 from lmobj.data._tokenizer import train_tokenizer
 from lmobj.errors import UserError
 from lmobj.models import DecoderConfig, GRUConfig, OutputHead
-from lmobj.objectives import CausalLM, Classification, MaskedLM
+from lmobj.objectives import CausalLM, Classification, MaskedDiffusion, MaskedLM
 from lmobj.train import FitResult
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.task_evaluation import evaluate_task
@@ -47,6 +48,14 @@ class Bigram(nnx.Module):
         return OutputHead(np.eye(len(self.table), dtype=np.float32))
 
 
+class LeftNeighbour(Bigram):
+    """The same of the token to the left, at the place of the [MASK] itself."""
+
+    def hidden(self, tokens: Any, **given: Any) -> Any:
+        assert not given["mask"].causal
+        return super().hidden(jnp.roll(tokens, 1, axis=1))
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(SentencePieceConfig(vocab_size=330), ["the quick brown fox sees the quiet river\n" * 4])
@@ -72,9 +81,10 @@ def run(tokenizer: Tokenizer) -> Run:
                 objective=objective or CausalLM(), spec=types.SimpleNamespace(suffix=suffix), program=None
             ),
             state=types.SimpleNamespace(step=7),
-            model=Bigram(p, max_length),
+            model=(LeftNeighbour if isinstance(objective, MaskedDiffusion) else Bigram)(p, max_length),
             tokenizer=tokenizer,
             writes_second_texts=bool(suffix),
+            unmasks=isinstance(objective, MaskedDiffusion),
         )
 
     return make
@@ -116,6 +126,32 @@ def test_a_model_that_knows_a_bigram_answers_by_it(run: Run, write: Any, tmp_pat
     assert [json.loads(line) for line in lines] == found.answers
     assert found.answers[1]["text"] == "the quiet"
     assert found.answers[1]["label"] == "r"
+
+
+def test_a_model_of_masked_diffusion_answers_by_its_bound(run: Run, write: Any) -> None:
+    """Of one token it is what the model says; of "river fox" either may come first: the second with river hidden, too,
+    is anybody's guess, and so it is after river."""
+    made = run(objective=MaskedDiffusion())
+    found = evaluate_task(made, load_task(write(_TASK)), quiet=True)
+    assert [answer["prediction"] for answer in found.answers] == ["f", "r", "f", "f"]
+    assert found.answers[0]["log_likelihoods"] == pytest.approx({"f": np.log(0.75), "r": np.log(0.25)}, abs=1e-6)
+    assert found.figures["samples"] == 128
+    size = made.tokenizer.vocabulary.size - 1  # without [MASK]
+    task = _TASK.replace("river}", "river fox}") + "samples: 200\n"
+    found = evaluate_task(made, load_task(write(task)), quiet=True)
+    # Half of the copies hide one of the two, at twice its loss: 2 log 4 or 2 log size, 4.4 from their mean.
+    error = (np.log(size) - np.log(4)) / np.sqrt(100) / 2
+    expected = np.log(0.25) - np.log(size)
+    assert found.answers[0]["log_likelihoods"]["r"] == pytest.approx(expected, abs=4 * error)
+    assert found.figures["samples"] == 200
+    # A row has room for 2 tokens, the last of which is read, too: one of the question and the answer.
+    short = evaluate_task(run(2, objective=MaskedDiffusion()), load_task(write(_TASK)), quiet=True)
+    assert short.figures["cut"] == 4
+    assert [answer["prediction"] for answer in short.answers] == ["f", "r", "f", "f"]
+    with pytest.raises(UserError, match="samples is 200, and the model of this run is causal"):
+        evaluate_task(run(), load_task(write(task)), quiet=True)
+    with pytest.raises(UserError, match="samples is 1; accepted: at least 2"):
+        load_task(write(_TASK + "samples: 1\n"))
 
 
 def test_normalisations_divide_by_what_they_say(run: Run, write: Any) -> None:
@@ -165,7 +201,7 @@ def test_shots_that_do_not_fit_are_left_out_and_then_the_beginning(run: Run, wri
     assert (none.figures["shots_shown"], none.figures["cut"]) == (0, 4)
     for found in (some, none):  # the last word decides, which is there in any case
         assert [answer["prediction"] for answer in found.answers] == ["f", "r", "f", "f"]
-    with pytest.raises(UserError, match="an answer to which takes 3 tokens, and the model reads 1"):
+    with pytest.raises(UserError, match="an answer to which takes 3 tokens, and a row has room for 2"):
         evaluate_task(run(1), load_task(write(task.replace("river}", "river fox fox}"))), quiet=True)
 
 
