@@ -42,7 +42,7 @@ def check_generation(run: Assembly, config: GenerationConfig) -> None:
     if not isinstance(model, CachedModel) or not objective.causal or objective.task is not None:
         raise UserError(
             f"generation is set, and the objective {getattr(objective, 'name', type(objective).__name__)} with the "
-            f"model {getattr(run.builder, 'name', type(run.builder).__name__)} trains none that writes text; accepted: "
+            f"model {getattr(run.builder, 'name', type(run.builder).__name__)} trains none that writes text token by token; accepted: "
             "a causal model that generates, such as causal_lm of a decoder or gru, or no such section."
         )
     for prompt in _prompts(run, config):

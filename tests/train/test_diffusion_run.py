@@ -17,7 +17,7 @@ import tiny_runs
 
 from lmobj.cli import main
 from lmobj.errors import UserError
-from lmobj.evaluate import FilledMasks, SamplingConfig, UnmaskingConfig, _text
+from lmobj.evaluate import FewShot, FilledMasks, SamplingConfig, Shot, UnmaskingConfig, _text
 from lmobj.objectives import MaskedDiffusion
 from lmobj.train import FitResult, fit, summary
 from lmobj.train.diffusion import _texts, held_out_bound
@@ -127,6 +127,18 @@ def test_models_write_in_the_way_that_they_learned(
     argv = ["generate", str(causal.run_dir), "--prompt", "the"]
     assert "--steps is 3, which is no setting of drawing" in refused(capsys, *argv, "--steps", "3")
     assert "--block is 3, which is no setting of a search" in refused(capsys, *argv, "--block", "3", "--beam", "2")
+
+
+def test_queries_are_answered_after_as_many_examples_as_fit(trained: TrainedRun) -> None:
+    """Prompt and answer together have up to 32 tokens; the last one is read, too."""
+    task, settings = FewShot(), UnmaskingConfig(max_new_tokens=6, steps=2)
+    shots = [Shot("the quick", "fox")] * 20
+    answers = trained.answer(task, shots, ["the old"], settings)
+    assert answers.asked == [20]
+    count, (shown,) = trained.tokenizer.encode, answers.shown
+    assert 0 < shown < 20
+    fits, more = (len(count(task.prompt(shots[:n], "the old"))) for n in (shown, shown + 1))
+    assert fits + 6 <= 32 < more + 6
 
 
 def test_fill_reads_the_text_by_itself(trained: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
