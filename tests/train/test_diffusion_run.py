@@ -16,6 +16,7 @@ import pytest
 import tiny_runs
 
 from lmobj.cli import main
+from lmobj.data import JsonLines, SentencePieceConfig
 from lmobj.errors import UserError
 from lmobj.evaluate import FewShot, FilledMasks, SamplingConfig, Shot, UnmaskingConfig, _text
 from lmobj.objectives import MaskedDiffusion
@@ -186,6 +187,34 @@ def test_eval_prints_the_bound(trained: TrainedRun, causal: FitResult, capsys: C
     message = refused(capsys, "eval", str(causal.run_dir), "--bound", "4")
     assert "the objective of this run is causal_lm, whose" in message
     assert "--bound is 4, and --generation is given too" in refused(capsys, *argv, "--generation")
+
+
+def test_a_run_of_completions_writes_and_bounds_second_texts(tmp_path: pathlib.Path) -> None:
+    lines = [json.dumps({"q": f"what is {i} and {i}", "a": f"that is {2 * i}"}) for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    source = JsonLines(files=(str(tmp_path / "pairs.jsonl"),), text="q", pair="a")
+    config = tiny_runs.experiment(
+        tmp_path / "pairs.jsonl",
+        tmp_path / "run",
+        data={"source": source, "tokenizer": SentencePieceConfig(vocab_size=300), "length": 32},
+        objective=MaskedDiffusion(loss_on="completion"),
+        sample=("what is 7 and 7",),
+        train={"steps": 4},
+    )
+    fit(config, quiet=True)
+    (sample,) = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert sample["text"].startswith("what is 7 and 7\n")
+    trained = open_run(config, quiet=True)
+    state = trained.state._replace(params=jax.tree.map(jnp.zeros_like, trained.state.params))
+    found = held_out_bound(dataclasses.replace(trained, state=state), "validation", samples=2, quiet=True)
+    assert found["nll"] == pytest.approx(math.log(299), rel=1e-6)
+    # "that is N" and its end, of each text.
+    data, spec = trained.assembly.dataset, trained.assembly.spec
+    rows = [row for batch in data.batches(spec, split="validation", batch_size=8) for row in batch["tokens"]]
+    texts = [trained.tokenizer.decode(row) for row in rows if row.any()]
+    answers = ["that" + text.partition("that")[2] for text in texts]
+    assert found["documents"] == len(answers) > 0
+    assert found["tokens"] == sum(len(trained.tokenizer.encode(answer)) + 1 for answer in answers)
 
 
 def test_of_pairs_the_second_text_is_bounded() -> None:
