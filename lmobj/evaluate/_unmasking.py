@@ -118,7 +118,8 @@ def unmask(
     Returns:
       Tokens, and their log-probabilities in the round that unmasked them.
 
-    Deviation from LLaDA's code: a drawn [MASK] would stay one; here none is drawn.
+    Deviations: in LLaDA's code a drawn [MASK] would stay one; here none is drawn. In MDLM's a round unmasks each token
+    with a chance of its own, so that their number varies; here it is fixed, as in LLaDA's.
     """
     new, (rows, width) = settings.max_new_tokens, prompts.shape
     index = jnp.arange(width + new)

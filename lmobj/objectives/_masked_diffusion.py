@@ -46,7 +46,8 @@ class MaskedDiffusion(Objective):
     is noised and predicted: its terms are divided by its length, and their sum by the number of examples (LLaDA's
     fine-tuning).
 
-    Metrics: `nll` (nats per token, a bound, and so is `bits_per_byte`), and `accuracy` on the masked tokens.
+    Metrics: `nll` (nats per token, a bound, and so is `bits_per_byte`), and `accuracy` on the masked tokens. Each row
+    is noised once for them; `diffusion_bounds` of lmobj.evaluate takes many copies, and `unmask` writes text.
 
     The rows of `mdlm` depend on their places in the global batch, and thereby on its size: the one exception to noise
     that depends on a row's address alone. The split into microbatches and devices still changes nothing. MDLM's code

@@ -22,7 +22,7 @@ from lmobj.evaluate import (
 from lmobj.models import CachedModel
 from lmobj.train.assemble import Assembly
 
-__all__ = ["HELD_OUT", "check_generation", "figure_rows", "figure_text", "generation_study"]
+__all__ = ["HELD_OUT", "check_generation", "ending", "figure_rows", "figure_text", "generation_study"]
 
 HELD_OUT = "held-out text"
 """The name of the row that one compares with."""
@@ -42,15 +42,16 @@ def check_generation(run: Assembly, config: GenerationConfig) -> None:
     if not isinstance(model, CachedModel) or not objective.causal or objective.task is not None:
         raise UserError(
             f"generation is set, and the objective {getattr(objective, 'name', type(objective).__name__)} with the "
-            f"model {getattr(run.builder, 'name', type(run.builder).__name__)} trains none that writes text; accepted: "
-            "a causal model that generates, such as causal_lm of a decoder or gru, or no such section."
+            f"model {getattr(run.builder, 'name', type(run.builder).__name__)} trains none that writes text "
+            "token by token; accepted: a causal model that generates, such as causal_lm of a decoder or gru, or no "
+            "such section."
         )
     for prompt in _prompts(run, config):
         key = "generation.prompts" if config.prompts else "sample"
         length = len(run.dataset.tokenizer.encode(prompt))
         if length == 0:
             raise UserError(f"{key} has the prompt {prompt!r}; accepted: texts of at least one character.")
-        total = length + len(_suffix(run)) + config.max_tokens
+        total = length + len(ending(run)) + config.max_tokens
         try:
             jax.eval_shape(lambda total=total: model.init_cache(1, total))
         except ValueError as error:
@@ -71,7 +72,7 @@ def generation_study(run: Assembly, model: Any, config: GenerationConfig, *, ste
       each with `prompt`, `text`, `tokens` and `log_probability`; `reference`, the same of held-out text, or None.
     """
     tokenizer, prompts = run.dataset.tokenizer, _prompts(run, config)
-    found = compare_decodings(model, tokenizer, prompts, config, suffix=_suffix(run))
+    found = compare_decodings(model, tokenizer, prompts, config, suffix=ending(run))
     decodings = [
         {"name": name, "figures": figures._asdict(), "texts": list(_texts(prompts, written))}
         for name, (written, figures) in found.items()
@@ -116,7 +117,7 @@ def _prompts(run: Assembly, config: GenerationConfig) -> tuple[str, ...]:
     return prompts
 
 
-def _suffix(run: Assembly) -> tuple[int, ...]:
+def ending(run: Assembly) -> tuple[int, ...]:
     """What ends the first of two texts, where the model learned to write the second."""
     return run.spec.suffix if run.spec.two_texts else ()
 

@@ -26,7 +26,7 @@ from lmobj.objectives import MaskedDiffusion
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
-from lmobj.train.generation import check_generation, figure_text, generation_study
+from lmobj.train.generation import check_generation, ending, figure_text, generation_study
 from lmobj.train.report import write_report
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.split_report import examine, reported_splits
@@ -59,7 +59,7 @@ def check_samples(run: Assembly) -> None:
             length = len(tokenizer.encode(prompt))
             if length == 0:
                 raise UserError("it is empty; accepted: a text of at least one character.")
-            _check_room(run, model, length + 1)
+            _check_room(run, model, length + len(ending(run)) + 1)
         else:
             check_reads_rows(model)
             tokens, where = masked_tokens(tokenizer, prompt, framed=not _unmasks(run))
@@ -120,10 +120,11 @@ def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
     }
     if continued:
         settings = _UNMASKING if _unmasks(run) else _SAMPLING
-        longest = max(len(tokenizer.encode(prompt)) for prompt in continued)
+        longest = max(len(tokenizer.encode(prompt)) for prompt in continued) + len(ending(run))
         settings = dataclasses.replace(settings, max_new_tokens=_room(run, model, longest))
-        written = continue_text(model, tokenizer, continued, settings)
-        texts |= {prompt: prompt + one[0].text for prompt, one in zip(continued, written, strict=True)}
+        written = continue_text(model, tokenizer, continued, settings, suffix=ending(run))
+        between = "\n" if run.spec.two_texts else ""
+        texts |= {prompt: prompt + between + one[0].text for prompt, one in zip(continued, written, strict=True)}
     return [{"step": step, "prompt": prompt, "text": texts[prompt]} for prompt in prompts]
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lmobj import masks
 from lmobj.errors import UserError
-from lmobj.evaluate import UnmaskingConfig, _unmasking, generate, output_logits, unmask
+from lmobj.evaluate import UnmaskingConfig, _decoding, _unmasking, generate, output_logits, unmask
 from tests.mutants import Mutant, assert_killed
 
 FIRST = [0, 2]
@@ -60,7 +60,7 @@ def expected_texts(every: Enumeration, settings: UnmaskingConfig) -> NDArray[np.
     return np.array([found.get(tuple(text), 0) for text in TEXTS.tolist()])
 
 
-def drawn_texts(model: nnx.Module, settings: UnmaskingConfig, rows: int = 20_000) -> NDArray[np.int64]:
+def drawn_texts(model: nnx.Module, settings: UnmaskingConfig, rows: int = 8_000) -> NDArray[np.int64]:
     """[T] how often each text was written."""
     graph, state = nnx.split(model)
     keys = jax.random.split(jax.random.key(5, impl="threefry2x32"), rows)
@@ -215,6 +215,14 @@ def test_the_seed_decides_and_neighbours_do_not() -> None:
     other = write([FIRST, [1]], UnmaskingConfig(max_new_tokens=6, num_samples=5, seed=1)).tokens
     assert np.any(drawn != other)
     assert len({tuple(text) for text in drawn[0].tolist()}) > 1
+
+
+def test_another_seed_compiles_nothing() -> None:
+    model = enumeration.random_model()
+    generate(model, [FIRST], UnmaskingConfig(max_new_tokens=2), mask_id=MASK)
+    compiled = _decoding._unmask._cache_size()  # type: ignore[attr-defined]
+    generate(model, [FIRST], UnmaskingConfig(max_new_tokens=2, seed=7), mask_id=MASK)
+    assert _decoding._unmask._cache_size() == compiled  # type: ignore[attr-defined]
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

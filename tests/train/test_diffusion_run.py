@@ -16,8 +16,9 @@ import pytest
 import tiny_runs
 
 from lmobj.cli import main
+from lmobj.data import JsonLines, SentencePieceConfig
 from lmobj.errors import UserError
-from lmobj.evaluate import FilledMasks, SamplingConfig, UnmaskingConfig, _text
+from lmobj.evaluate import FewShot, FilledMasks, SamplingConfig, Shot, UnmaskingConfig, _text
 from lmobj.objectives import MaskedDiffusion
 from lmobj.train import FitResult, fit, summary
 from lmobj.train.diffusion import _texts, held_out_bound
@@ -129,6 +130,18 @@ def test_models_write_in_the_way_that_they_learned(
     assert "--block is 3, which is no setting of a search" in refused(capsys, *argv, "--block", "3", "--beam", "2")
 
 
+def test_queries_are_answered_after_as_many_examples_as_fit(trained: TrainedRun) -> None:
+    """Prompt and answer together have up to 32 tokens; the last one is read, too."""
+    task, settings = FewShot(), UnmaskingConfig(max_new_tokens=6, steps=2)
+    shots = [Shot("the quick", "fox")] * 20
+    answers = trained.answer(task, shots, ["the old"], settings)
+    assert answers.asked == [20]
+    count, (shown,) = trained.tokenizer.encode, answers.shown
+    assert 0 < shown < 20
+    fits, more = (len(count(task.prompt(shots[:n], "the old"))) for n in (shown, shown + 1))
+    assert fits + 6 <= 32 < more + 6
+
+
 def test_fill_reads_the_text_by_itself(trained: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in training, where there is neither [CLS] nor [SEP]."""
     read: list[Any] = []
@@ -174,6 +187,34 @@ def test_eval_prints_the_bound(trained: TrainedRun, causal: FitResult, capsys: C
     message = refused(capsys, "eval", str(causal.run_dir), "--bound", "4")
     assert "the objective of this run is causal_lm, whose" in message
     assert "--bound is 4, and --generation is given too" in refused(capsys, *argv, "--generation")
+
+
+def test_a_run_of_completions_writes_and_bounds_second_texts(tmp_path: pathlib.Path) -> None:
+    lines = [json.dumps({"q": f"what is {i} and {i}", "a": f"that is {2 * i}"}) for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    source = JsonLines(files=(str(tmp_path / "pairs.jsonl"),), text="q", pair="a")
+    config = tiny_runs.experiment(
+        tmp_path / "pairs.jsonl",
+        tmp_path / "run",
+        data={"source": source, "tokenizer": SentencePieceConfig(vocab_size=300), "length": 32},
+        objective=MaskedDiffusion(loss_on="completion"),
+        sample=("what is 7 and 7",),
+        train={"steps": 4},
+    )
+    fit(config, quiet=True)
+    (sample,) = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert sample["text"].startswith("what is 7 and 7\n")
+    trained = open_run(config, quiet=True)
+    state = trained.state._replace(params=jax.tree.map(jnp.zeros_like, trained.state.params))
+    found = held_out_bound(dataclasses.replace(trained, state=state), "validation", samples=2, quiet=True)
+    assert found["nll"] == pytest.approx(math.log(299), rel=1e-6)
+    # "that is N" and its end, of each text.
+    data, spec = trained.assembly.dataset, trained.assembly.spec
+    rows = [row for batch in data.batches(spec, split="validation", batch_size=8) for row in batch["tokens"]]
+    texts = [trained.tokenizer.decode(row) for row in rows if row.any()]
+    answers = ["that" + text.partition("that")[2] for text in texts]
+    assert found["documents"] == len(answers) > 0
+    assert found["tokens"] == sum(len(trained.tokenizer.encode(answer)) + 1 for answer in answers)
 
 
 def test_of_pairs_the_second_text_is_bounded() -> None:
