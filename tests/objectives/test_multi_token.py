@@ -383,7 +383,7 @@ def test_mutants_are_noticed(monkeypatch: pytest.MonkeyPatch, mutant: Mutant, ch
     assert_killed(monkeypatch, mutant, checks)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["parallel", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_it_learns_sums(variant: Any) -> None:
     """In parallel x_{t+k} is F_k x_t + F_{k-1} x_{t-1} if all k words up to it are lawful, with Fibonacci's F_3 = 2,
     which 5 does not divide: else it is anybody's guess, as it is at the row's first place. In sequence it is the sum of

@@ -15,6 +15,7 @@ from lmobj import adapt
 from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, GRUConfig, ModelBuilder, XLNetConfig
+from lmobj.objectives import MultiTokenPrediction
 from lmobj.train import FitResult, TrainConfig
 from lmobj.train.assemble import assemble
 from lmobj.train.layer_decay import decayed_by_layer
@@ -53,6 +54,22 @@ def test_every_parameter_has_its_depths_factor(family: ModelBuilder) -> None:
         np.testing.assert_array_equal(x, np.broadcast_to(expected, x.shape), err_msg=name)
         seen.add(kind)
     assert seen == {"layers", "below", "above"}
+
+
+def test_blocks_of_heads_are_heads() -> None:
+    """Four heads that are blocks on three layers."""
+    model = nnx.eval_shape(lambda: FAMILIES[0].build(VOCAB, nnx.Rngs(0)))
+    heads = nnx.eval_shape(lambda: MultiTokenPrediction(tokens=5).build_heads(model.head_style, VOCAB, nnx.Rngs(0)))
+    models = {"model": model, "heads": heads}
+    ones = {
+        role: jax.tree.map(lambda x: np.ones(x.shape), nnx.to_pure_dict(nnx.state(m))) for role, m in models.items()
+    }
+    optimizer = decayed_by_layer(optax.identity(), 0.5, logical_axes(models))
+    scaled, _ = optimizer.update(ones, optimizer.init(ones))
+    assert all(np.all(np.asarray(x) == ABOVE) for x in jax.tree.leaves(scaled["heads"]))
+    kernel = np.asarray(scaled["model"]["stack"]["blocks"]["mlp"]["up"]["kernel"])
+    np.testing.assert_array_equal(kernel[:, 0, 0], LAYERS)
+    assert np.all(np.asarray(scaled["model"]["tokens"]["table"]) == BELOW)
 
 
 def test_layers_that_are_frozen_apart_change_nothing_above_them() -> None:
