@@ -53,9 +53,9 @@ class MultiTokenPrediction(Objective):
 
     Metrics: those of causal_lm for the next token; `nll_k` and `accuracy_k` of the token k places ahead.
 
-    Deviations: heads have no experts where the model has some, as DeepSeek-V3's do. There a further token's loss is
-    divided by the row's length (eq. 24), here by its targets. All losses are computed without logits, so the order of
-    heads by which Gloeckle et al. save memory has no place.
+    Deviations: heads have no experts where the model has some, and DeepSeek-V3's have. Its further losses are divided
+    by the row's length (eq. 24), here by the number of their targets. All losses are computed without logits, so the
+    order of heads by which Gloeckle et al. save memory has no place.
     """
 
     summary: ClassVar[str] = "Predict several tokens ahead from each one (multi-token prediction)."

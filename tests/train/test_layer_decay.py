@@ -61,9 +61,8 @@ def test_blocks_of_heads_are_heads() -> None:
     model = nnx.eval_shape(lambda: FAMILIES[0].build(VOCAB, nnx.Rngs(0)))
     heads = nnx.eval_shape(lambda: MultiTokenPrediction(tokens=5).build_heads(model.head_style, VOCAB, nnx.Rngs(0)))
     models = {"model": model, "heads": heads}
-    ones = {
-        role: jax.tree.map(lambda x: np.ones(x.shape), nnx.to_pure_dict(nnx.state(m))) for role, m in models.items()
-    }
+    shapes = {role: nnx.to_pure_dict(nnx.state(module)) for role, module in models.items()}
+    ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
     optimizer = decayed_by_layer(optax.identity(), 0.5, logical_axes(models))
     scaled, _ = optimizer.update(ones, optimizer.init(ones))
     assert all(np.all(np.asarray(x) == ABOVE) for x in jax.tree.leaves(scaled["heads"]))
