@@ -108,8 +108,8 @@ class MultiTokenPrediction(Objective):
         """A block for each further token; refuses models whose blocks cannot have others beside them."""
         if style.blocks is None:
             raise UserError(
-                "objective multi_token_prediction runs more blocks like the model's own beside them, which the model "
-                "that model.name gives cannot have; accepted: model.name=decoder."
+                "objective multi_token_prediction makes heads of blocks like the model's own, and the model that "
+                "model.name gives has none that others can stand beside; accepted: model.name=decoder."
             )
         heads = ParallelHeads if self.variant == "parallel" else SequentialHeads
         return heads(style.blocks, len(self.further), rngs)

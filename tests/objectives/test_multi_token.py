@@ -299,7 +299,7 @@ def test_settings_that_cannot_be() -> None:
 @pytest.mark.parametrize("config", [GRUConfig(layers=1, width=8), EncoderConfig(layers=1, width=8, heads=2)], ids=str)
 def test_models_that_cannot_be(config: Any) -> None:
     style = nnx.eval_shape(lambda: config.build(VOCAB, nnx.Rngs(0))).head_style
-    with pytest.raises(UserError, match=r"model.name gives cannot have; accepted: model.name=decoder"):
+    with pytest.raises(UserError, match=r"none that others can stand beside; accepted: model.name=decoder"):
         MultiTokenPrediction().build_heads(style, VOCAB, nnx.Rngs(0))
 
 
