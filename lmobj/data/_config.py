@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from lmobj._pieces import DENOISER_MARKS, INFILLING_MARKS, SPELLINGS, sentinel
 from lmobj.data._augment_config import Augmentation
@@ -171,7 +171,7 @@ class DataConfig:
                 f"data.fill_in_middle moves the middle of texts, and data.source.name is {self.source.name!r}, which "
                 f"has {self.source.holds}; accepted: a source of texts, or no data.fill_in_middle."
             )
-        sources: dict[str, object] = {"data.source": self.source}
+        sources: dict[str, Any] = {"data.source": self.source}
         if isinstance(self.source, MixtureSource):
             sources = {f"data.source.sources.{name}.source": one.source for name, one in self.source.sources.items()}
         for key, source in sources.items():

@@ -8,8 +8,8 @@ where w_{tk} is 0 if x_{t+k} is not in the document of x_t, and all p_k share th
     sequential    p_k(x_{t+k} | x_1 .. x_{t+k-1})    from h_t^{k-1} = B_k(M_k [RMSNorm(h_t^{k-2}); RMSNorm(e_{t+k-1})]),
                                                      h^0 being the model's hidden states and e its embedded tokens
 
-Gloeckle et al. 2024, "Better & Faster Large Language Models via Multi-token Prediction", eqs. 2 and 3; DeepSeek-AI
-2024, "DeepSeek-V3 Technical Report", eqs. 21 to 25.
+Gloeckle et al. 2024, "Better & Faster Large Language Models via Multi-token Prediction", section 2; DeepSeek-AI 2024,
+"DeepSeek-V3 Technical Report", section 2.2, eqs. 21 to 25.
 """
 
 from __future__ import annotations
@@ -42,16 +42,20 @@ class MultiTokenPrediction(Objective):
     it alone. A further token's head is one more block, built like the model's own and scored against the model's
     output table. Each term is a mean over targets of its own, which are fewer the further ahead they are.
 
-    `parallel`: the model's last block is the first head, and the others stand beside it. The paper takes as many layers
-    from the trunk as there are further heads; set `model.layers` accordingly. `sequential`: each head reads what the
-    one before made (the first: the model's hidden states after its last norm, as in the published weights' use) and
-    the token that was predicted there.
+    `parallel`: the model's last block is the first head, and the others stand beside it, under the model's last norm,
+    as in the published code. The paper takes as many layers from the trunk as there are further heads, so that size
+    and work stay as they were; set `model.layers` accordingly.
+
+    `sequential`: each head reads the states that the one before it made, and the token that was predicted there. The
+    first reads the model's states after its last norm, and each has a norm of its own after its block, as Megatron-LM
+    and vLLM have it for the published weights, which the paper leaves open. Those weights put the token's half of the
+    joined vector first; here it is second, as in the paper.
 
     Metrics: those of causal_lm for the next token; `nll_k` and `accuracy_k` of the token k places ahead.
 
-    Deviations: heads have no experts where the model has some; all losses are computed at once, without logits, so the
-    order of heads by which the first paper saves memory has no place. Rows are as for causal_lm, and the heads' final
-    norm is the model's (`parallel`) or each one's own (`sequential`), as in the code and weights of either.
+    Deviations: heads have no experts where the model has some, and DeepSeek-V3's have. Its further losses are divided
+    by the row's length (eq. 24), here by the number of their targets. All losses are computed without logits, so the
+    order of heads by which Gloeckle et al. save memory has no place.
     """
 
     summary: ClassVar[str] = "Predict several tokens ahead from each one (multi-token prediction)."
@@ -104,8 +108,8 @@ class MultiTokenPrediction(Objective):
         """A block for each further token; refuses models whose blocks cannot have others beside them."""
         if style.blocks is None:
             raise UserError(
-                "objective multi_token_prediction runs more blocks like the model's own beside them, which the model "
-                "that model.name gives cannot have; accepted: model.name=decoder."
+                "objective multi_token_prediction makes heads of blocks like the model's own, and the model that "
+                "model.name gives has none that others can stand beside; accepted: model.name=decoder."
             )
         heads = ParallelHeads if self.variant == "parallel" else SequentialHeads
         return heads(style.blocks, len(self.further), rngs)

@@ -23,6 +23,7 @@ from lmobj.models import (
     ModelBuilder,
     XLNetConfig,
 )
+from lmobj.objectives import MultiTokenPrediction
 from lmobj.train import FitResult, TrainConfig
 from lmobj.train.assemble import assemble
 from lmobj.train.layer_decay import decayed_by_layer
@@ -78,6 +79,21 @@ def test_a_decoder_of_fewer_layers_is_counted_from_its_own_top() -> None:
     for side, factors in (("encoder", LAYERS), ("decoder", [0.25, 0.5])):
         np.testing.assert_array_equal(scaled[side]["stack"]["blocks"]["mlp"]["up"]["kernel"][:, 0, 0], factors)
         assert scaled[side]["relative"]["table"]["table"][0, 0] == BELOW
+
+
+def test_blocks_of_heads_are_heads() -> None:
+    """Four heads that are blocks on three layers."""
+    model = nnx.eval_shape(lambda: FAMILIES[0].build(VOCAB, nnx.Rngs(0)))
+    heads = nnx.eval_shape(lambda: MultiTokenPrediction(tokens=5).build_heads(model.head_style, VOCAB, nnx.Rngs(0)))
+    models = {"model": model, "heads": heads}
+    shapes = {role: nnx.to_pure_dict(nnx.state(module)) for role, module in models.items()}
+    ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+    optimizer = decayed_by_layer(optax.identity(), 0.5, logical_axes(models))
+    scaled, _ = optimizer.update(ones, optimizer.init(ones))
+    assert all(np.all(np.asarray(x) == ABOVE) for x in jax.tree.leaves(scaled["heads"]))
+    kernel = np.asarray(scaled["model"]["stack"]["blocks"]["mlp"]["up"]["kernel"])
+    np.testing.assert_array_equal(kernel[:, 0, 0], LAYERS)
+    assert np.all(np.asarray(scaled["model"]["tokens"]["table"]) == BELOW)
 
 
 def test_layers_that_are_frozen_apart_change_nothing_above_them() -> None:
