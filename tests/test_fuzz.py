@@ -6,15 +6,18 @@ import pathlib
 import random
 import sys
 import time
+import typing
 from collections.abc import Callable
 from typing import NoReturn
 
 import fuzz_inputs
 import pytest
 from fuzz_case import Case, Kind, flipped
+from fuzz_configs import walk
 
 from lmobj import _yaml, config
 from lmobj.errors import UserError
+from lmobj.models import ModelConfig
 
 SLICE = {
     "setting": 40, "value": 20, "raw": 25, "missing": 8, "yaml": 25, "file": 25, "override": 25,
@@ -34,6 +37,12 @@ def test_malformed_inputs_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch
     failed = [f"{number}: {o.what}: {o.reason}" for number, o in enumerate(outcomes) if o.verdict == "failed"]
     assert not failed
     assert sum(o.verdict == "refused" for o in outcomes) >= len(outcomes) // 3
+
+
+def test_the_settings_of_every_model_are_reached() -> None:
+    """By the random walk, of which a 60th part goes to the settings of each family."""
+    reached = {walk(random.Random(seed)).names.get(("model",)) for seed in range(600)}
+    assert reached >= {family.name for family in typing.get_args(ModelConfig)}
 
 
 def test_one_refusal_as_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

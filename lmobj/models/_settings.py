@@ -52,8 +52,10 @@ def check_blocks(settings: Any, *rates: str) -> None:
         if value is not None and value <= 0:
             raise UserError(f"model.{name} is {value}; it must be above 0.")
     if getattr(settings, "head_width", None) is None and settings.width % settings.heads:
+        otherwise = ", or model.head_width be set" if hasattr(settings, "head_width") else ""
         raise UserError(
-            f"model.heads is {settings.heads} and model.width is {settings.width}; heads must divide the width."
+            f"model.heads is {settings.heads} and model.width is {settings.width}; heads must divide the width"
+            f"{otherwise}."
         )
 
 

@@ -225,7 +225,7 @@ def test_operations_are_counted_by_hand() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"heads": 5, "head_width": None}, "model.heads is 5"),
+        ({"heads": 5, "head_width": None}, "model.heads is 5 .* the width, or model.head_width be set"),
         ({"relative_buckets": 30}, "model.relative_buckets is 30"),
         ({"relative_distance": 16}, "model.relative_distance is 16"),
         ({"attention_backend": "splash"}, "model.attention_backend is splash"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from families import CAUSAL, CONFIGS, HEADLESS, SEEDS, VOCAB, build, hidden, ran
 from flax import nnx
 
 from lmobj import masks, partition
+from lmobj.errors import UserError
 from lmobj.masks import AttentionMask
 from lmobj.models import DecoderConfig, EncoderConfig, EncoderDecoderModel, GRUConfig, HeadedModel, ModelConfig
 
@@ -312,10 +314,18 @@ def test_builds_under_jit_with_the_same_values(name: str) -> None:
     ],
 )
 def test_impossible_settings_are_refused_by_name(make: Any, message: str) -> None:
-    from lmobj.errors import UserError
-
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("family", typing.get_args(ModelConfig), ids=lambda family: family.name)
+def test_no_number_below_zero_is_accepted_anywhere(family: Any) -> None:
+    hints = typing.get_type_hints(family)
+    numbers = [name for name, hint in hints.items() if {int, float} & {hint, *typing.get_args(hint)}]
+    assert len(numbers) >= 5
+    for name in numbers:
+        with pytest.raises(UserError, match=rf"model\.{name} is -1"):
+            family(**{name: -1})
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
