@@ -162,9 +162,9 @@ def infill_text(
             f"the text {text!r} has {len(parts) - 1} holes; write {hole} once, where something is to be filled in."
         )
     before, after = parts[0].removesuffix(" "), parts[1]
-    prefix, suffix = tokenizer.encode(before), tokenizer.encode(after)
-    ids = [[begin, behind], suffix, [between], prefix] if spm else [[begin], prefix, [behind], suffix, [between]]
-    found = generate(model, [np.concatenate(ids).astype(np.int32)], settings, eos=vocab.eos)
+    prefix, suffix = tokenizer.encode(before).tolist(), tokenizer.encode(after).tolist()
+    ids = [begin, behind, *suffix, between, *prefix] if spm else [begin, *prefix, behind, *suffix, between]
+    found = generate(model, [np.array(ids, np.int32)], settings, eos=vocab.eos)
     rows = zip(found.tokens[0], found.log_probs[0], found.lengths[0], strict=True)
     return [
         Infilling(before, tokenizer.decode(t[:n]), after, p[:n], ended=bool(n) and t[n - 1] == vocab.eos)

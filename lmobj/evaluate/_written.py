@@ -94,7 +94,7 @@ def write_targets(
         parts.append(Generated(*(x[: len(chosen)] for x in found)))
         done(first + len(chosen))
     places = np.argsort(order)
-    return Generated(*(np.concatenate(each)[places] for each in zip(*parts, strict=True)))
+    return jax.tree.map(lambda *each: np.concatenate(each)[places], *parts)
 
 
 def _power_of_two(number: int) -> int:
