@@ -17,7 +17,6 @@ import pytest
 from lmobj import attention as attention_module
 from lmobj import masks, objectives
 from lmobj.models import EncoderDecoderConfig
-from tests.train.seq2seq_objective import Reconstruction
 from tests.train.tiny_runs import quick_compilation
 
 
@@ -188,7 +187,7 @@ def test_a_row_without_a_peer_is_lmobjs_alone(capsys: pytest.CaptureFixture[str]
     pytest.importorskip("transformers")
     gpt2 = device_speed.quick()["quick"]
     model = EncoderDecoderConfig(layers=1, width=8, heads=2)
-    rows = {"gpt2": gpt2, "seq2seq": dataclasses.replace(gpt2, model=model, objective=Reconstruction())}
+    rows = {"gpt2": gpt2, "seq2seq": dataclasses.replace(gpt2, model=model, objective=objectives.PrefixLM())}
     assert device_report.by_contenders(rows, ("lmobj", "eager")) == {
         ("lmobj", "eager"): {"gpt2": rows["gpt2"]},
         ("lmobj",): {"seq2seq": rows["seq2seq"]},

@@ -55,8 +55,8 @@ EXPECTED = {
     "masked_diffusion": Expected("nll", below=6.264),  # a bound
     "masked_lm_ngram": Expected("nll", below=6.264),
     "span_boundary": Expected("nll", below=6.264),
-    # Targets of 14 tokens: 10 words, and 3 sentinels and the end, which cost what it takes to say where 10 words are cut
-    # in 3, in one of 36 ways: (10 * 6.264 + log 36) / 14.
+    # Targets of 14 tokens: 10 words, and 3 sentinels and the end, which cost what it takes to say where 10 words are
+    # cut in 3, in one of 36 ways: (10 * 6.264 + log 36) / 14.
     "span_corruption": Expected("nll", below=4.73),
     "prefix_lm": Expected("nll", below=6.264),
     "mixture_of_denoisers": Expected("nll", below=6.264),  # of tokens some of which are no words, and cost less
