@@ -132,7 +132,7 @@ def test_commands_that_read_one_row_refuse_the_run(tuned: FitResult, opened: Tra
         opened.fill_text("the [MASK]")
     with pytest.raises(UserError, match=WRITES):
         continuation_log_probs(opened.model, [ScoredText(np.arange(4), 2)])
-    with pytest.raises(UserError, match="the objective reconstruction with the model encoder_decoder trains none that"):
+    with pytest.raises(UserError, match="the objective prefix_lm with the model encoder_decoder trains none that"):
         check_generation(tuned.assembly, GenerationConfig(prompts=("the",)))
     prompted = dataclasses.replace(tuned.assembly.config, sample=("the quick",))  # type: ignore[type-var]
     with pytest.raises(UserError, match=f"sample has the prompt 'the quick', which the model cannot use: {WRITES}"):
