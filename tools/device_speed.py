@@ -44,6 +44,7 @@ def _large(flash: str) -> dict[str, Experiment]:
     plain_bert = (*bert, backend, "model.attention_dropout=0")
     electra = ("electra_base", "model.attention_dropout=0", backend, "train.batch_size=64")
     xlnet = ("xlnet_base", "data.length=512", "train.batch_size=32")
+    t5 = ("t5_base", "train.batch_size=64", "model.attention_dropout=0")
     longer = ("data.length=4096", "model.max_length=4096", "train.batch_size=8")
     return {
         "decoder_1b": _experiment(*decoder, "train.batch_size=16"),
@@ -63,6 +64,13 @@ def _large(flash: str) -> dict[str, Experiment]:
         "electra_base, remat dots": _experiment(*electra, "model.remat=dots"),
         "xlnet_base": _experiment(*xlnet, "model.remat=dots"),
         "xlnet_base, remat none": _experiment(*xlnet, "model.remat=none"),
+        "t5_base": _experiment(*t5, "model.remat=dots"),
+        "t5_base, remat none": _experiment(*t5, "model.remat=none"),
+        "ul2_base": _experiment("ul2_base", "train.batch_size=32"),
+        "bart_base": _experiment("bart_base", "train.batch_size=64", backend, *no_dropout),
+        "multi_token_1b": _experiment("multi_token_1b", backend, "train.batch_size=8"),
+        "llada_1b": _experiment("llada_1b", backend, "train.batch_size=8"),
+        "santacoder_1.1b": _experiment("santacoder_1.1b", backend, "train.batch_size=8"),
     }
 
 
