@@ -11,12 +11,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmobj.errors import UserError
-from lmobj.evaluate import SamplingConfig, continue_text, fill_masks, fill_text, masked_tokens
+from lmobj.evaluate import (
+    InfillingOrder,
+    SamplingConfig,
+    continue_text,
+    fill_masks,
+    fill_text,
+    infill_text,
+    infilling_tokens,
+    masked_tokens,
+)
 from lmobj.models import CachedModel
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
 from lmobj.train.generation import check_generation, figure_text, generation_study
+from lmobj.train.infilling import has_hole, infilling_order
 from lmobj.train.report import write_report
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.split_report import examine, reported_splits
@@ -44,7 +54,7 @@ def check_samples(run: Assembly) -> None:
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
         if _writes(run, model):
-            length = len(tokenizer.encode(prompt))
+            length = _read_length(run, prompt)
             if length == 0:
                 raise UserError("it is empty; accepted: a text of at least one character.")
             model.init_cache(1, length + 1)
@@ -98,18 +108,35 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
 
 
 def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
-    """The config's prompts, continued by models that generate and filled by models that fill masks."""
+    """The config's prompts, continued by models that generate and filled by models that fill masks or middles."""
     prompts, tokenizer = run.config.sample, run.dataset.tokenizer
-    if _writes(run, model):
-        longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
-        settings = dataclasses.replace(_SAMPLING, max_new_tokens=_room(model, longest))
-        texts = [
-            prompt + one[0].text
-            for prompt, one in zip(prompts, continue_text(model, tokenizer, prompts, settings), strict=True)
-        ]
-    else:
+    if not _writes(run, model):
         texts = [fill_text(model, tokenizer, prompt)[0] for prompt in prompts]
+    else:
+        longest = max(_read_length(run, prompt) for prompt in prompts)
+        settings = dataclasses.replace(_SAMPLING, max_new_tokens=_room(model, longest))
+        orders = {prompt: _order(run, prompt) for prompt in prompts}
+        plain = [prompt for prompt in prompts if orders[prompt] is None]
+        written = iter(continue_text(model, tokenizer, plain, settings) if plain else ())
+        texts = [
+            prompt + next(written)[0].text
+            if (order := orders[prompt]) is None
+            else infill_text(model, tokenizer, prompt, settings, order=order)[0].text
+            for prompt in prompts
+        ]
     return [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _order(run: Assembly, prompt: str) -> InfillingOrder | None:
+    """The order in which the model is asked to fill in the middle of a prompt; None: it goes on after it."""
+    order = infilling_order(run.objective, run.config.data)
+    return order if has_hole(prompt, run.dataset.tokenizer) else None
+
+
+def _read_length(run: Assembly, prompt: str) -> int:
+    """Tokens that a model which writes reads of a prompt."""
+    tokenizer, order = run.dataset.tokenizer, _order(run, prompt)
+    return len(tokenizer.encode(prompt) if order is None else infilling_tokens(tokenizer, prompt, order)[0])
 
 
 def _writes(run: Assembly, model: Any) -> TypeGuard[CachedModel]:
