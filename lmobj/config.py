@@ -59,7 +59,7 @@ class Experiment:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """Steps, batches, optimizer, mesh, evaluation and checkpoints."""
     sample: tuple[str, ...] = ()
-    """Prompts that the finished model continues (or whose [MASK] it fills) for the report."""
+    """Prompts that the finished model continues (or whose [MASK] or <fim_middle> it fills) for the report."""
     generation: GenerationConfig | None = None
     """Texts of the finished model under several decodings, with figures beside those of held-out text, for the report;
     null: none."""

@@ -102,6 +102,6 @@ def print_fillings(text: str, fillings: Sequence[Filling]) -> None:
 
 def print_infilling(found: Infilling) -> None:
     """The text with its middle filled in, then the middle alone with its log-probability in nats."""
-    print(found.before + found.middle + found.after)
+    print(found.text)
     print("\nmiddle" if found.ended else f"\nmiddle, cut after {len(found.log_probs)} tokens")
     print(f"{sum(map(float, found.log_probs)):8.3f}  {found.middle!r}")

@@ -175,9 +175,10 @@ class DataConfig:
         if isinstance(self.source, MixtureSource):
             sources = {f"data.source.sources.{name}.source": one.source for name, one in self.source.sources.items()}
         for key, source in sources.items():
-            if getattr(source, "pair", None) is not None:
+            pair = getattr(source, "pair", None)
+            if pair is not None:
                 raise UserError(
-                    f"data.fill_in_middle moves the middle of single texts, and {key}.pair is {source.pair!r}, which "
+                    f"data.fill_in_middle moves the middle of single texts, and {key}.pair is {pair!r}, which "
                     "makes each document two; accepted: no pair, or no data.fill_in_middle."
                 )
 

@@ -74,7 +74,17 @@ from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._similarity import SimilarityScores, score_similarity, uniformity, word_overlap
 from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task_report
 from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
-from lmobj.evaluate._text import Continuation, Filling, Infilling, continue_text, fill_text, infill_text, masked_tokens
+from lmobj.evaluate._text import (
+    Continuation,
+    Filling,
+    Infilling,
+    InfillingOrder,
+    continue_text,
+    fill_text,
+    infill_text,
+    infilling_tokens,
+    masked_tokens,
+)
 from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
 from lmobj.evaluate._unmasking import UnmaskingConfig, unmask
 from lmobj.evaluate._written import write_targets
@@ -107,6 +117,7 @@ __all__ = [
     "Generated",
     "GenerationConfig",
     "Infilling",
+    "InfillingOrder",
     "MultiLabelScores",
     "NGram",
     "Normalisation",
@@ -153,6 +164,7 @@ __all__ = [
     "find_answers",
     "generate",
     "infill_text",
+    "infilling_tokens",
     "masked_tokens",
     "min_p_filter",
     "normalise_answer",

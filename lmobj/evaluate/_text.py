@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,12 +25,18 @@ __all__ = [
     "Continuation",
     "Filling",
     "Infilling",
+    "InfillingOrder",
     "continuations",
     "continue_text",
     "fill_text",
     "infill_text",
+    "infilling_tokens",
     "masked_tokens",
 ]
+
+
+InfillingOrder = Literal["psm", "spm"]
+"""What a model reads before it fills in a middle: `psm`: PRE before SUF after MID; `spm`: PRE SUF after MID before."""
 
 
 class Continuation(NamedTuple):
@@ -61,6 +67,11 @@ class Infilling(NamedTuple):
     """ln p of each token of the middle and of its end, in nats."""
     ended: bool
     """Whether the model came to an end, which says that the middle meets what is after it."""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.before + self.middle + self.after
 
 
 def continue_text(
@@ -137,25 +148,47 @@ def fill_text(
 
 
 def infill_text(
-    model: CachedModel, tokenizer: Tokenizer, text: str, settings: DecodingConfig, *, spm: bool = False
+    model: CachedModel, tokenizer: Tokenizer, text: str, settings: DecodingConfig, *, order: InfillingOrder = "psm"
 ) -> list[Infilling]:
     """Writes what stands in the place of <fim_middle> in a text; the samples or beams, the best beam first.
-
-    A space before it is part of what is written, because word pieces carry the space before them.
 
     Args:
       model: a causal model that learned to fill in the middle.
       tokenizer: the model's.
-      text: with one <fim_middle>, spelled as the vocabulary spells it.
+      text: as for `infilling_tokens`.
       settings: how to decode.
-      spm: ask in the order SPM, PRE SUF after MID before, and not in PSM, PRE before SUF after MID.
+      order: in which the model is asked.
 
     Raises:
-      UserError: the vocabulary has no marks, the text not one hole, or as for `generate`.
+      UserError: as for `infilling_tokens` and `generate`.
     """
-    vocab = tokenizer.vocabulary
-    begin, behind, between = vocab.require("filling in the middle of a text", *INFILLING_MARKS)
-    hole = tokenizer.piece(between)
+    prompt, before, after = infilling_tokens(tokenizer, text, order)
+    eos = tokenizer.vocabulary.eos
+    found = generate(model, [prompt], settings, eos=eos)
+    rows = zip(found.tokens[0], found.log_probs[0], found.lengths[0], strict=True)
+    return [
+        Infilling(before, tokenizer.decode(t[:n]), after, p[:n], ended=eos is not None and eos in t[:n])
+        for t, p, n in rows
+    ]
+
+
+def infilling_tokens(
+    tokenizer: Tokenizer, text: str, order: InfillingOrder = "psm"
+) -> tuple[NDArray[np.int32], str, str]:
+    """A text with a hole as what a model reads that learned to fill it in, and what is before and after the hole.
+
+    A space before the hole is not read, because word pieces carry the space before them: it is part of what is written.
+
+    Args:
+      tokenizer: the model's.
+      text: with one <fim_middle>, spelled as the vocabulary spells it.
+      order: in which the model is asked.
+
+    Raises:
+      UserError: the vocabulary has no marks, or the text has no hole or several.
+    """
+    marks = tokenizer.vocabulary.require("filling in the middle of a text", *INFILLING_MARKS)
+    hole = tokenizer.piece(marks[2])
     parts = text.split(hole)
     if len(parts) != 2:
         raise UserError(
@@ -163,13 +196,9 @@ def infill_text(
         )
     before, after = parts[0].removesuffix(" "), parts[1]
     prefix, suffix = tokenizer.encode(before).tolist(), tokenizer.encode(after).tolist()
-    ids = [begin, behind, *suffix, between, *prefix] if spm else [begin, *prefix, behind, *suffix, between]
-    found = generate(model, [np.array(ids, np.int32)], settings, eos=vocab.eos)
-    rows = zip(found.tokens[0], found.log_probs[0], found.lengths[0], strict=True)
-    return [
-        Infilling(before, tokenizer.decode(t[:n]), after, p[:n], ended=bool(n) and t[n - 1] == vocab.eos)
-        for t, p, n in rows
-    ]
+    begin, behind, between = marks
+    ids = [begin, behind, *suffix, between, *prefix] if order == "spm" else [begin, *prefix, behind, *suffix, between]
+    return np.array(ids, np.int32), before, after
 
 
 def masked_tokens(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from lmobj.batch import RowSpec
-from lmobj.data import DataConfig, DocumentFillInMiddle
+from lmobj.data import DataConfig, Tokenizer
 from lmobj.errors import UserError
+from lmobj.evaluate import InfillingOrder
 from lmobj.objectives import FillInMiddle, Objective, Rows
 
-__all__ = ["check_infilling", "infilling_of"]
+__all__ = ["check_infilling", "has_hole", "infilling_order"]
 
 _LAYOUTS = ("packed", "stream")
 """Of rows that are texts end to end."""
 
 
-def infilling_of(objective: Objective, data: DataConfig) -> FillInMiddle | DocumentFillInMiddle | None:
-    """The settings by which middles are moved; None if none are."""
-    return objective if isinstance(objective, FillInMiddle) else data.fill_in_middle
+def infilling_order(objective: Objective, data: DataConfig) -> InfillingOrder | None:
+    """The order in which a model is asked to fill in a middle: PSM, or SPM where it learned no other; None where it
+    learned none."""
+    settings = objective if isinstance(objective, FillInMiddle) else data.fill_in_middle
+    if settings is None or settings.fim_rate == 0:
+        return None
+    return "spm" if settings.spm_rate == 1 else "psm"
 
 
 def check_infilling(objective: Objective, rows: Rows, data: DataConfig) -> None:
@@ -37,3 +42,9 @@ def check_infilling(objective: Objective, rows: Rows, data: DataConfig) -> None:
             f"which objective.name={getattr(objective, 'name', type(objective).__name__)} does not; accepted: "
             "causal_lm or transformer_xl, or no data.fill_in_middle."
         )
+
+
+def has_hole(text: str, tokenizer: Tokenizer) -> bool:
+    """Whether a text has a <fim_middle> in it; none has where the vocabulary has no such mark."""
+    mark = tokenizer.vocabulary.fim_middle
+    return mark is not None and tokenizer.piece(mark) in text

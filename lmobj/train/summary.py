@@ -13,12 +13,15 @@ from flax import nnx
 from lmobj import masks
 from lmobj.errors import UserError
 from lmobj.evaluate import (
+    InfillingOrder,
     SamplingConfig,
     UnmaskingConfig,
     check_reads_rows,
     continue_text,
     fill_masks,
     fill_text,
+    infill_text,
+    infilling_tokens,
     masked_tokens,
 )
 from lmobj.models import CachedModel
@@ -27,6 +30,7 @@ from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.evaluation import Evaluation
 from lmobj.train.generation import check_generation, ending, figure_text, generation_study
+from lmobj.train.infilling import has_hole, infilling_order
 from lmobj.train.report import write_report
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.split_report import examine, reported_splits
@@ -56,10 +60,9 @@ def check_samples(run: Assembly) -> None:
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
         if _writes(run, model, prompt):
-            length = len(tokenizer.encode(prompt))
-            if length == 0:
+            if len(tokenizer.encode(prompt)) == 0:
                 raise UserError("it is empty; accepted: a text of at least one character.")
-            _check_room(run, model, length + len(ending(run)) + 1)
+            _check_room(run, model, _read_length(run, prompt) + 1)
         else:
             check_reads_rows(model)
             tokens, where = masked_tokens(tokenizer, prompt, framed=not _unmasks(run))
@@ -111,21 +114,42 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
 
 
 def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
-    """The config's prompts, continued by models that generate and filled by models that fill masks."""
+    """The config's prompts, continued by models that generate and filled by models that fill masks or middles."""
     prompts, tokenizer = run.config.sample, run.dataset.tokenizer
-    continued = [prompt for prompt in prompts if _writes(run, model, prompt)]
+    written = [prompt for prompt in prompts if _writes(run, model, prompt)]
     framed = not _unmasks(run)
     texts = {
-        prompt: fill_text(model, tokenizer, prompt, framed=framed)[0] for prompt in prompts if prompt not in continued
+        prompt: fill_text(model, tokenizer, prompt, framed=framed)[0] for prompt in prompts if prompt not in written
     }
-    if continued:
-        settings = _UNMASKING if _unmasks(run) else _SAMPLING
-        longest = max(len(tokenizer.encode(prompt)) for prompt in continued) + len(ending(run))
-        settings = dataclasses.replace(settings, max_new_tokens=_room(run, model, longest))
-        written = continue_text(model, tokenizer, continued, settings, suffix=ending(run))
+    if written:
+        room = _room(run, model, max(_read_length(run, prompt) for prompt in written))
+        sampling = dataclasses.replace(_SAMPLING, max_new_tokens=room)
+        settings = dataclasses.replace(_UNMASKING, max_new_tokens=room) if _unmasks(run) else sampling
+        orders = {prompt: _order(run, prompt) for prompt in written}
+        continued = [prompt for prompt, order in orders.items() if order is None]
+        found = continue_text(model, tokenizer, continued, settings, suffix=ending(run)) if continued else []
         between = "\n" if run.spec.two_texts else ""
-        texts |= {prompt: prompt + between + one[0].text for prompt, one in zip(continued, written, strict=True)}
+        texts |= {prompt: prompt + between + one[0].text for prompt, one in zip(continued, found, strict=True)}
+        texts |= {
+            prompt: infill_text(model, tokenizer, prompt, sampling, order=order)[0].text
+            for prompt, order in orders.items()
+            if order is not None
+        }
     return [{"step": step, "prompt": prompt, "text": texts[prompt]} for prompt in prompts]
+
+
+def _order(run: Assembly, prompt: str) -> InfillingOrder | None:
+    """The order in which the model is asked to fill in the middle of a prompt; None: it goes on after it."""
+    order = infilling_order(run.objective, run.config.data)
+    return order if has_hole(prompt, run.dataset.tokenizer) else None
+
+
+def _read_length(run: Assembly, prompt: str) -> int:
+    """Tokens that a model which writes reads of a prompt, and of what comes between."""
+    tokenizer, order = run.dataset.tokenizer, _order(run, prompt)
+    if order is None:
+        return len(tokenizer.encode(prompt)) + len(ending(run))
+    return len(infilling_tokens(tokenizer, prompt, order)[0])
 
 
 def _unmasks(run: Assembly) -> bool:

@@ -33,7 +33,7 @@ from lmobj.train import distributed
 from lmobj.train.assemble import Assembly, Experiment, assemble
 from lmobj.train.checkpoint import Checkpoints
 from lmobj.train.evaluation import Evaluation
-from lmobj.train.infilling import infilling_of
+from lmobj.train.infilling import infilling_order
 from lmobj.train.initial import restored_state
 from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import MeshConfig
@@ -133,17 +133,17 @@ class TrainedRun:
     @property
     def fills_middles(self) -> bool:
         """Whether the model learned to write what stands in the middle of a text."""
-        return infilling_of(self.assembly.objective, self.assembly.config.data) is not None
+        return infilling_order(self.assembly.objective, self.assembly.config.data) is not None
 
     def infill_text(self, text: str, settings: DecodingConfig) -> list[Infilling]:
         """What stands in the place of <fim_middle>; see `lmobj.evaluate.infill_text`."""
-        infilling = infilling_of(self.assembly.objective, self.assembly.config.data)
-        if infilling is None:
+        order = infilling_order(self.assembly.objective, self.assembly.config.data)
+        if order is None:
             raise UserError(
                 "this run did not teach its model to fill in the middle of a text; accepted: a run with "
                 "objective.name=fill_in_middle or with data.fill_in_middle."
             )
-        return infill_text(self.model, self.tokenizer, text, settings, spm=infilling.spm_rate == 1)
+        return infill_text(self.model, self.tokenizer, text, settings, order=order)
 
 
 def open_run(config: Experiment, *, best: bool = False, quiet: bool = False) -> TrainedRun:

@@ -40,6 +40,7 @@ _MASKED = (
 
 _INFILLING = _CAUSAL.replace("{name: causal_lm}", "{name: fill_in_middle, max_documents: 1}")
 _INFILLING = _INFILLING.replace("360}", "360, infilling_marks: true}").replace("run: causal", "run: infilling")
+_INFILLING = _INFILLING.replace("[the quick]", "[the quick, 'the <fim_middle> fox', a lazy]")
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +196,13 @@ def test_fill_shows_the_likeliest_guesses_of_each_mask(capsys: Captured) -> None
 def test_fill_writes_into_a_hole(capsys: Captured, folder: pathlib.Path) -> None:
     (folder / "infilling.yaml").write_text(_INFILLING)
     assert main(["train", "infilling.yaml", "--quiet"]) == 0
+    first, infilled, last = json.loads((folder / "infilling" / "samples.json").read_text())
+    assert (first["text"][:9], last["text"][:6]) == ("the quick", "a lazy")
+    assert "fim" not in infilled["text"]
+    assert (infilled["text"][:3], infilled["text"][-4:]) == ("the", " fox")
+    two = refusal(capsys, "train", "infilling.yaml", "run=two", "sample=['<fim_middle> a <fim_middle>']")
+    assert "sample has the prompt" in two
+    assert "has 2 holes" in two
     assert main(["fill", "infilling", "the quick <fim_middle> over", "--tokens", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "middle, cut after 4 tokens" in lines or "middle" in lines

@@ -33,7 +33,7 @@ from lmobj.data import (
 from lmobj.data._fill_in_middle import Rearrangement, open_rearrangement
 from lmobj.errors import UserError
 from lmobj.objectives import CausalLM, FillInMiddle, MaskedLM
-from lmobj.train.infilling import check_infilling, infilling_of
+from lmobj.train.infilling import check_infilling, infilling_order
 from tests.mutants import Mutant, assert_killed
 
 PRE, SUF, MID = 7, 8, 9
@@ -239,9 +239,15 @@ def test_objectives_that_cannot_be(config: DataConfig) -> None:
             check_infilling(objective, rows, config)
         check_infilling(objective, rows, plain)
     check_infilling(CausalLM(), CausalLM().rows(vocab, 64), config)
-    assert infilling_of(CausalLM(), config) == MOVED
-    assert infilling_of(CausalLM(), plain) is None
-    assert infilling_of(FillInMiddle(), plain) == FillInMiddle()
+
+
+def test_the_order_in_which_a_model_is_asked(config: DataConfig) -> None:
+    """PSM, unless it never saw it; a model that saw neither is not asked."""
+    plain = dataclasses.replace(config, fill_in_middle=None)
+    assert infilling_order(CausalLM(), plain) is None
+    assert infilling_order(CausalLM(), config) == infilling_order(FillInMiddle(), plain) == "psm"
+    assert infilling_order(FillInMiddle(spm_rate=1.0), plain) == "spm"
+    assert infilling_order(FillInMiddle(fim_rate=0.0), plain) is None
 
 
 def _everywhere(written: Callable[..., Any]) -> Callable[..., Any]:

@@ -188,8 +188,8 @@ def test_the_prompt_is_in_the_order_that_is_asked_for(marked: Tokenizer, monkeyp
     decoded = _text.generate
     monkeypatch.setattr(_text, "generate", generate)
     text = "the quick<fim_middle>river"
-    for spm in (False, True):
-        infill_text(TableModel(chain(marked)), marked, text, GREEDY, spm=spm)
+    for order in ("psm", "spm"):
+        infill_text(TableModel(chain(marked)), marked, text, GREEDY, order=order)  # type: ignore[arg-type]
     pre, suf, mid = vocab.fim_prefix, vocab.fim_suffix, vocab.fim_middle
     before, after = marked.encode("the quick").tolist(), marked.encode("river").tolist()
     assert prompts == [[pre, *before, suf, *after, mid], [pre, suf, *after, mid, *before]]
