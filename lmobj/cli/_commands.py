@@ -305,7 +305,8 @@ def generate(
     summary: Annotated[bool, typer.Option("--summary", help="Print how repetitive and diverse the texts are.")] = False,
     best: Best = False,
 ) -> None:
-    """Continue a prompt with a causal model, or answer it after examples of a task.
+    """Continue a prompt with a causal model, or answer it after examples of a task; or write what an encoder with a
+    decoder makes of it, a translation or a summary, by default as the run's `writing` says.
 
     Example: lmobj generate runs/quickstart --prompt "The function returns" --temperature 0.8 --top-p 0.95
 
@@ -316,7 +317,7 @@ def generate(
     from lmobj.errors import UserError
     from lmobj.train.trained import on_one_device, open_run
 
-    chosen = settings(
+    options = (
         {"num_beams": num_beams, "length_penalty": length_penalty},
         {
             "temperature": temperature,
@@ -328,6 +329,7 @@ def generate(
         },
         {"max_new_tokens": max_new_tokens, "num_samples": num_samples},
     )
+    chosen = settings(*options)
     given = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     if not given:
         raise UserError("there is no prompt; accepted: --prompt TEXT, or --prompts FILE.")
@@ -336,6 +338,10 @@ def generate(
     experiment = _experiment(run)
     trained = open_run(on_one_device(experiment), best=best)
     tell_weights(experiment)
+    if trained.writer is not None:
+        given_options = {name for part in options for name, value in part.items() if value is not None}
+        own = given_options <= {"max_new_tokens"}
+        chosen = trained.writer.settings(None if own else chosen, max_new_tokens)
     if task is None:
         texts = trained.continue_text(given, chosen)
         shown = [text + "\n" for text in given] if trained.writes_second_texts else given
@@ -354,10 +360,13 @@ def fill(
     text: Annotated[
         str, typer.Argument(metavar="TEXT", help='Text with masks, such as "Paris is the [MASK] of France."')
     ],
-    top: Annotated[int, typer.Option(help="Guesses to show for each mask.")] = 5,
+    top: Annotated[int, typer.Option(help="Guesses to show for each mask or span.")] = 5,
     best: Best = False,
 ) -> None:
-    """Guess the masked words of a text with a masked language model."""
+    """Guess the masked words of a text with a masked language model, or its spans with one of span corruption.
+
+    Example: lmobj fill runs/t5 "Thank you <extra_id_0> me to your party <extra_id_1> week."
+    """
     from lmobj.cli._decoding import print_fillings
     from lmobj.train.trained import on_one_device, open_run
 

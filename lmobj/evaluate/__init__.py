@@ -34,6 +34,7 @@ from lmobj.evaluate._cloze import Cloze, cloze_hits
 from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, generate
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
+from lmobj.evaluate._filled_spans import fill_spans, sentinels_in
 from lmobj.evaluate._generation import (
     GenerationConfig,
     TextFigures,
@@ -73,9 +74,10 @@ from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._similarity import SimilarityScores, score_similarity, uniformity, word_overlap
 from lmobj.evaluate._task_metrics import TASK_METRICS, TASKS, task_metrics, task_report
 from lmobj.evaluate._task_report import ExampleScores, TaskKind, TaskReport
-from lmobj.evaluate._text import Continuation, Filling, continue_text, fill_text, masked_tokens
+from lmobj.evaluate._text import Continuation, Filling, continuations, continue_text, fill_text, masked_tokens
 from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
-from lmobj.evaluate._written import write_targets
+from lmobj.evaluate._written import WritingConfig, write_targets
+from lmobj.evaluate._written_scores import Words, WrittenReference, WrittenScores, check_scores, score_written
 
 __all__ = [
     "TASKS",
@@ -122,6 +124,10 @@ __all__ = [
     "TaskReport",
     "TextFigures",
     "TextStatistics",
+    "Words",
+    "WritingConfig",
+    "WrittenReference",
+    "WrittenScores",
     "answer_f1",
     "answer_queries",
     "answer_questions",
@@ -131,17 +137,20 @@ __all__ = [
     "beam_search",
     "best_null_threshold",
     "bits_per_byte",
+    "check_scores",
     "choose_shots",
     "cloze_hits",
     "compare_decodings",
     "confusion_matrix",
     "continuation_log_probs",
+    "continuations",
     "continue_text",
     "cosine_scores",
     "distinct_share",
     "draw_confusion",
     "exact_match",
     "fill_masks",
+    "fill_spans",
     "fill_text",
     "find_answers",
     "generate",
@@ -166,10 +175,12 @@ __all__ = [
     "score_numbers",
     "score_retrieval",
     "score_similarity",
+    "score_written",
     "scored_text",
     "seed_difference",
     "seed_spread",
     "self_bleu",
+    "sentinels_in",
     "summarise_answers",
     "task_metrics",
     "task_report",

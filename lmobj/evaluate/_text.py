@@ -38,6 +38,8 @@ class Filling(NamedTuple):
 
     pieces: list[str]
     probabilities: list[float]
+    mark: str | None = None
+    """The sentinel; None for a mask."""
 
 
 def continue_text(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmobj.errors import UserError
-from lmobj.evaluate import SamplingConfig, continue_text, fill_masks, fill_text, masked_tokens
+from lmobj.evaluate import SamplingConfig, continue_text, fill_masks, fill_text, masked_tokens, sentinels_in
 from lmobj.models import CachedModel
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
@@ -22,6 +22,7 @@ from lmobj.train.run_folder import RunFolder
 from lmobj.train.split_report import examine, reported_splits
 from lmobj.train.step import State
 from lmobj.train.tracking import Tracker
+from lmobj.train.writing import TargetWriter, check_scored, score_line, writes_targets
 
 __all__ = ["check_samples", "summarise"]
 
@@ -37,13 +38,17 @@ def check_samples(run: Assembly) -> None:
     """
     if run.config.generation is not None:
         check_generation(run, run.config.generation)
+    check_scored(run)
     if "model" not in run.program.graphs:
         return
     graph, tokenizer = run.program.graphs["model"], run.dataset.tokenizer
 
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
-        if _writes(run, model):
+        if writes_targets(run.objective):
+            if run.objective.fills_spans:
+                sentinels_in(tokenizer, prompt)
+        elif _writes(run, model):
             length = len(tokenizer.encode(prompt))
             if length == 0:
                 raise UserError("it is empty; accepted: a text of at least one character.")
@@ -81,6 +86,8 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
         tracker.text(int(state.step), "sample", sample["text"])
     for one in filter(None, told):
         one.write(folder)
+        if one.task == "sequence_to_sequence":
+            tracker.note(f"{one.split}: {score_line(one.figures)}.")
     report = write_report(folder.path)
 
     figure = run.objective.judged_by
@@ -98,9 +105,16 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
 
 
 def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
-    """The config's prompts, continued by models that generate and filled by models that fill masks."""
+    """The config's prompts, continued by models that generate and filled by models that fill masks or spans; or what an
+    encoder with a decoder writes for them."""
     prompts, tokenizer = run.config.sample, run.dataset.tokenizer
-    if _writes(run, model):
+    if writes_targets(run.objective):
+        writer = TargetWriter(run, model)
+        if writer.fills_spans:
+            texts = [writer.fill(prompt)[0] for prompt in prompts]
+        else:
+            texts = [one[0].text for one in writer.write_texts(prompts, writer.decoding)]
+    elif _writes(run, model):
         longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
         settings = dataclasses.replace(_SAMPLING, max_new_tokens=_room(model, longest))
         texts = [
