@@ -25,7 +25,7 @@ from lmobj import _settings, _yaml
 from lmobj.adapt import AdapterConfig
 from lmobj.data import DataConfig
 from lmobj.errors import UserError
-from lmobj.evaluate import AnswerTask, GenerationConfig
+from lmobj.evaluate import AnswerTask, GenerationConfig, WritingConfig
 from lmobj.models import ModelConfig
 from lmobj.objectives import ObjectiveConfig
 from lmobj.train.config import TrainConfig
@@ -63,6 +63,8 @@ class Experiment:
     generation: GenerationConfig | None = None
     """Texts of the finished model under several decodings, with figures beside those of held-out text, for the report;
     null: none."""
+    writing: WritingConfig | None = None
+    """How an encoder with a decoder writes, and how that is scored; null: by the defaults."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or "\\" in self.name or self.name in (".", ".."):

@@ -318,7 +318,9 @@ def generate(
     summary: Annotated[bool, typer.Option("--summary", help="Print how repetitive and diverse the texts are.")] = False,
     best: Best = False,
 ) -> None:
-    """Continue a prompt, or answer it after examples of a task, with a model that is causal or of masked diffusion.
+    """Continue a prompt, or answer it after examples of a task, with a model that is causal or of masked diffusion; or
+    write what an encoder with a decoder makes of it, a translation or a summary, by default as the run's `writing`
+    says.
 
     Example: lmobj generate runs/quickstart --prompt "The function returns" --temperature 0.8 --top-p 0.95
 
@@ -327,27 +329,26 @@ def generate(
     from lmobj.cli._decoding import print_continuations, print_statistics, settings
     from lmobj.cli._examples import few_shot, read_prompts, tell_left_out
     from lmobj.errors import UserError
+    from lmobj.evaluate import UnmaskingConfig
     from lmobj.train.trained import on_one_device, open_run
 
     experiment = _experiment(run)
-    chosen = settings(
-        experiment.objective,
-        {
-            "max_new_tokens": max_new_tokens,
-            "num_samples": num_samples,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "num_beams": num_beams,
-            "length_penalty": length_penalty,
-            "steps": steps,
-            "block_length": block_length,
-            "order": order,
-        },
-    )
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "steps": steps,
+        "block_length": block_length,
+        "order": order,
+    }
+    chosen = settings(experiment.objective, options)
     given = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     if not given:
         raise UserError("there is no prompt; accepted: --prompt TEXT, or --prompts FILE.")
@@ -355,6 +356,10 @@ def generate(
     keep_programs()
     trained = open_run(on_one_device(experiment), best=best)
     tell_weights(experiment)
+    if trained.writer is not None:
+        assert not isinstance(chosen, UnmaskingConfig)  # which no objective with a decoder has
+        own = {name for name, value in options.items() if value is not None} <= {"max_new_tokens"}
+        chosen = trained.writer.settings(None if own else chosen, max_new_tokens)
     if task is None:
         texts = trained.continue_text(given, chosen)
         shown = [text + "\n" for text in given] if trained.writes_second_texts else given
@@ -374,13 +379,16 @@ def fill(
         str,
         typer.Argument(metavar="TEXT", help='Text with masks, such as "Paris is the [MASK] of France.", or one hole.'),
     ],
-    top: Annotated[int, typer.Option(help="Guesses to show for each mask.")] = 5,
+    top: Annotated[int, typer.Option(help="Guesses to show for each mask or span.")] = 5,
     max_new_tokens: Annotated[int, typer.Option("--tokens", help="Most tokens to write into a hole.")] = 128,
     best: Best = False,
 ) -> None:
-    """Guess the masked words of a text with a masked language model, or fill in the middle of one.
+    """Guess the masked words of a text with a masked language model, its spans with one of span corruption, or its
+    middle with one that learned to fill it in.
 
     Example: lmobj fill runs/bert "Paris is the [MASK] of France."
+
+    Example: lmobj fill runs/t5 "Thank you <extra_id_0> me to your party <extra_id_1> week."
 
     Example: lmobj fill runs/fill_in_middle "The function <fim_middle> of the list."
     """

@@ -92,10 +92,10 @@ def print_statistics(texts: Sequence[Sequence[Continuation]]) -> None:
 
 
 def print_fillings(text: str, fillings: Sequence[Filling]) -> None:
-    """The text with the likeliest guesses in it, then the guesses for each mask with their probabilities."""
+    """The text with the likeliest guesses in it, then the guesses for each mask or span with their probabilities."""
     print(text)
     for number, filling in enumerate(fillings, 1):
-        print(f"\nmask {number}")
+        print(f"\n{filling.mark or f'mask {number}'}")
         for piece, probability in zip(filling.pieces, filling.probabilities, strict=True):
             print(f"{probability:8.1%}  {piece.strip() or repr(piece)}")
 

@@ -35,6 +35,7 @@ from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, ge
 from lmobj.evaluate._diffusion_bound import DiffusionBounds, diffusion_bounds
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
+from lmobj.evaluate._filled_spans import fill_spans, sentinels_in
 from lmobj.evaluate._generation import (
     GenerationConfig,
     TextFigures,
@@ -79,6 +80,7 @@ from lmobj.evaluate._text import (
     Filling,
     Infilling,
     InfillingOrder,
+    continuations,
     continue_text,
     fill_text,
     infill_text,
@@ -87,7 +89,8 @@ from lmobj.evaluate._text import (
 )
 from lmobj.evaluate._text_statistics import TextStatistics, distinct_share, repeated_share, self_bleu, text_statistics
 from lmobj.evaluate._unmasking import UnmaskingConfig, unmask
-from lmobj.evaluate._written import write_targets
+from lmobj.evaluate._written import WritingConfig, write_targets
+from lmobj.evaluate._written_scores import Words, WrittenReference, WrittenScores, check_scores, score_written
 
 __all__ = [
     "TASKS",
@@ -138,6 +141,10 @@ __all__ = [
     "TextFigures",
     "TextStatistics",
     "UnmaskingConfig",
+    "Words",
+    "WritingConfig",
+    "WrittenReference",
+    "WrittenScores",
     "answer_f1",
     "answer_queries",
     "answer_questions",
@@ -148,11 +155,13 @@ __all__ = [
     "best_null_threshold",
     "bits_per_byte",
     "check_reads_rows",
+    "check_scores",
     "choose_shots",
     "cloze_hits",
     "compare_decodings",
     "confusion_matrix",
     "continuation_log_probs",
+    "continuations",
     "continue_text",
     "cosine_scores",
     "diffusion_bounds",
@@ -160,6 +169,7 @@ __all__ = [
     "draw_confusion",
     "exact_match",
     "fill_masks",
+    "fill_spans",
     "fill_text",
     "find_answers",
     "generate",
@@ -186,10 +196,12 @@ __all__ = [
     "score_numbers",
     "score_retrieval",
     "score_similarity",
+    "score_written",
     "scored_text",
     "seed_difference",
     "seed_spread",
     "self_bleu",
+    "sentinels_in",
     "summarise_answers",
     "task_metrics",
     "task_report",

@@ -18,6 +18,7 @@ from lmobj.evaluate._retrieval_report import RETRIEVAL
 from lmobj.evaluate._row_reports import CLASSIFICATION, REGRESSION
 from lmobj.evaluate._tag_report import TOKEN_CLASSIFICATION
 from lmobj.evaluate._task_report import TaskKind, TaskReport
+from lmobj.evaluate._written_scores import SEQUENCE_TO_SEQUENCE
 from lmobj.objectives import Task
 
 __all__ = ["TASKS", "TASK_METRICS", "task_metrics", "task_report"]
@@ -30,6 +31,7 @@ TASKS: dict[Task, TaskKind] = {
     "regression": REGRESSION,
     "relation": RELATION,
     "retrieval": RETRIEVAL,
+    "sequence_to_sequence": SEQUENCE_TO_SEQUENCE,
     "token_classification": TOKEN_CLASSIFICATION,
 }
 
@@ -44,7 +46,7 @@ def task_report(
 
     Args:
       task: which.
-      outputs: what the objective says of its rows, rows first, and `targets`.
+      outputs: what the objective says of its rows, rows first, and `targets`; or the texts that were `written`.
       classes: names of the classes, where the task has some.
       reference: `reference` of the data set for the split.
     """

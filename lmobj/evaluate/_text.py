@@ -55,6 +55,8 @@ class Filling(NamedTuple):
 
     pieces: list[str]
     probabilities: list[float]
+    mark: str | None = None
+    """The sentinel; None for a mask."""
 
 
 class Infilling(NamedTuple):

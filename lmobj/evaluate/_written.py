@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,41 @@ from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated
 from lmobj.evaluate._decoding import DecodingConfig, check_prompts, sample_keys
 from lmobj.evaluate._sampling import SamplingConfig, sample
+from lmobj.evaluate._written_scores import Words
 from lmobj.models import Cache, EncoderDecoderModel, OutputHead
 
-__all__ = ["write_targets"]
+__all__ = ["WritingConfig", "write_targets"]
 
 _LEAST_WIDTH = 16
 """Of the rows of a batch, which are as long as the longest source, rounded up to a power of two."""
+
+
+@dataclass(frozen=True)
+class WritingConfig:
+    """How an encoder with a decoder writes targets, and how those of held-out text are scored."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    decoding: DecodingConfig = field(default_factory=BeamConfig)
+    """Beam search or sampling (greedy with temperature 0), one target for each source; its `max_new_tokens` is
+    `objective.target_length`. The defaults are those of Vaswani et al. 2017: 4 beams, length penalty 0.6."""
+    examples: int | None = None
+    """Most examples of a split whose targets are written and scored, its first ones; null: all, 0: none."""
+    words: Words = "13a"
+    """What BLEU counts, by sacrebleu's names: `13a`: words of languages with spaces (WMT); `intl`: the same by Unicode;
+    `zh`: Chinese characters, and words; `char`: characters; `none`: what stands between spaces. ROUGE counts the same,
+    but with `13a` its own words of a-z and 0-9, stemmed for English."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_new_tokens", "num_samples"):
+            value = getattr(self.decoding, key)
+            if value != getattr(type(self.decoding)(), key):
+                ours = "objective.target_length says that" if key == "max_new_tokens" else "one target for each source"
+                raise UserError(f"writing.decoding.{key} is {value}; accepted: no such key: {ours}.")
+        if self.examples is not None and self.examples < 0:
+            raise UserError(f"writing.examples is {self.examples}; accepted: 0 or more, or null for all.")
+        if self.words not in get_args(Words):
+            raise UserError(f"writing.words is {self.words!r}; accepted: {', '.join(get_args(Words))}.")
 
 
 def write_targets(

@@ -86,6 +86,11 @@ class InputsToTargets(Objective, abc.ABC):
     def denoise(self, keys: Key[Array, " B"], batch: Batch, vocab: Vocabulary) -> Denoised:
         """Inputs and targets of each row, in the `rooms` of its length."""
 
+    def around(self, vocab: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens before and after a text that is given for inputs: the end token alone, where it is
+        otherwise not told."""
+        return (), (end_token(vocab, self.name),)
+
     def use(self, length: int) -> RowUse:
         """The inputs, and the targets beside or after them."""
         rooms = self.rooms(self.raw_length(length))

@@ -60,7 +60,7 @@ from lmobj.train.step import Program, State, StepMetrics
 from lmobj.train.unfreezing import check_unfreezing, unfrozen_by_layer
 
 if TYPE_CHECKING:
-    from lmobj.evaluate import GenerationConfig
+    from lmobj.evaluate import GenerationConfig, WritingConfig
     from lmobj.train.initial import Init
 
 __all__ = ["Assembly", "Design", "Experiment", "assemble", "design"]
@@ -85,6 +85,8 @@ class Experiment(Protocol):
     def sample(self) -> tuple[str, ...]: ...
     @property
     def generation(self) -> GenerationConfig | None: ...
+    @property
+    def writing(self) -> WritingConfig | None: ...
     @property
     def run_dir(self) -> Path | str: ...
 

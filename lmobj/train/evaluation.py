@@ -24,6 +24,7 @@ from lmobj._shares import share_out
 from lmobj.batch import RowSpec
 from lmobj.errors import UserError
 from lmobj.evaluate import TASK_METRICS, TASKS, Cloze, NGram, TaskReport, cloze_hits, task_report, unigram_top_k
+from lmobj.objectives import Task
 from lmobj.train import distributed
 from lmobj.train.assemble import Assembly
 from lmobj.train.sharding import active
@@ -86,7 +87,7 @@ class Evaluation:
             metrics |= {f"{source}/{name}" if source else name: value for name, value in figures.items()}
         if self.cloze is not None and self.cloze.count:
             metrics["top5_accuracy"] = self._top5_accuracy(state, self.cloze)
-        task, data = self.run.objective.task, self.run.dataset
+        task, data = self._task, self.run.dataset
         if task is None:
             return metrics, None
         every = {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
@@ -104,10 +105,17 @@ class Evaluation:
             metrics, _, _ = jax.eval_shape(run.program.eval_step, run.abstract_state, {}, run.abstract_batch, carried)
         known = [one for one in metrics if not one.startswith(TERM)] + ["loss"] + ["perplexity"] * ("nll" in metrics)
         known += [f"{source}/{one}" for source in self.sources for one in known]
-        known += TASK_METRICS[self.run.objective.task] if self.run.objective.task else ()
+        known += TASK_METRICS[self._task] if self._task else ()
         known.append(self.run.objective.judged_by)
         if self.has_text and name not in known:
             raise UserError(f"{key} is {name!r}; accepted: {', '.join(sorted(set(known)))}.")
+
+    @property
+    def _task(self) -> Task | None:
+        """The task that outputs of rows are judged by; not the one whose texts are written (`report_written`), which
+        takes too long to be done at every evaluation."""
+        task = self.run.objective.task
+        return None if task == "sequence_to_sequence" else task
 
     def _steps(self, state: State, batches: int | None) -> Iterator[tuple[str, StepMetrics, dict[str, Any]]]:
         """The source and metrics of each batch, and of tasks the outputs; what the objective carries goes from one to
@@ -139,7 +147,7 @@ class Evaluation:
             return {
                 name: {"top5_accuracy": self.cloze.baseline(self._most_frequent(ids))} for name, ids in excluded.items()
             }
-        if task := self.run.objective.task:
+        if task := self._task:
             return TASKS[task].baselines(data.reference(spec, "train"), data.reference(spec, self.split))
         if self.run.objective.judged_by != "bits_per_byte":
             return {}

@@ -36,6 +36,7 @@ def predict(trained: TrainedRun, inputs: Sequence[str], output: Path, *, quiet: 
         - multiple choice: `context`, `choices`, and as `label` the place of the best, with `probabilities` in order
         - relations: `text`, `head`, `tail`, and `label` with `probabilities`
         - token classification: `words`, their `tags`, and `entities` as [type, first word, the one after the last]
+        - sequence to sequence: `text`, and what is written for it as `prediction`, with its `log_probability` in nats
         - extractive QA: `id`, `question`, `answer`; `score` and `probability` of the best span, and `null_odds`, how
           much better no answer is
       quiet: no progress bar.

@@ -107,6 +107,18 @@ class Texts(Predictor):
                 yield {**line, **_told(outputs["logits"][index], run.dataset.classes)}
 
 
+class Targets(Texts):
+    """`text`, and what is written for it as `prediction` with its `log_probability` in nats."""
+
+    def lines(self, examples: Sequence[Text]) -> Iterator[Line]:
+        writer = self._trained.writer
+        assert writer is not None  # it is the objective's task
+        written = writer.write_texts([text for text, _ in examples], writer.decoding)
+        for (text, _), (best, *_) in zip(examples, written, strict=True):
+            total = round(float(best.log_probs.sum(dtype=np.float64)), _DIGITS)
+            yield {"text": text, "prediction": best.text, "log_probability": total}
+
+
 class _Examples(Predictor):
     """Of examples of a `Kind`, which are read without their labels."""
 
@@ -200,11 +212,12 @@ _NOTHING: Line = {"answer": "", "score": None, "probability": None, "null_odds":
 
 
 def _text_source(trained: TrainedRun, inputs: Sequence[str]) -> Any:
-    """The run's source, with other files and without labels."""
+    """The run's source, with other files and without labels, or without second texts where these are to be written."""
     source: Any = trained.assembly.config.data.source
     if isinstance(source, MixtureSource | StdlibSource | TextFiles) or not hasattr(source, "files"):
         raise UserError(f"data.source of this run is {source.name}; accepted: a run that read records from files.")
-    return dataclasses.replace(source, files=tuple(inputs), label=None)
+    written = {"pair": None} if trained.assembly.objective.task == "sequence_to_sequence" else {}
+    return dataclasses.replace(source, files=tuple(inputs), label=None, **written)
 
 
 def _outputs(trained: TrainedRun, arrays: Mapping[str, NDArray]) -> dict[str, NDArray]:
@@ -233,5 +246,6 @@ _PREDICTORS: dict[Task, Callable[[TrainedRun, Sequence[str]], Predictor]] = {
     "extractive_qa": Questions,
     "multiple_choice": Choices,
     "relation": Relations,
+    "sequence_to_sequence": Targets,
     "token_classification": Sentences,
 }

@@ -40,10 +40,10 @@ __all__ = ["RunFolder", "check_same_run", "differing_keys"]
 
 MAY_CHANGE = (
     "run", "train.mesh", "train.zero", "train.log_every", "train.keep", "train.guard", "train.profile", "train.wandb",
-    "data.cache", "data.workers", "generation",
+    "data.cache", "data.workers", "generation", "writing",
 )  # fmt: skip
 """Keys that `resume` lets differ: they change where and how fast a run goes, never what it computes; or, train.guard,
-what becomes of batches that would end it, and, generation, what is told of the model at the end."""
+what becomes of batches that would end it, and, generation and writing, what is told of the model at the end."""
 
 _CHECKPOINTS = "checkpoints"
 

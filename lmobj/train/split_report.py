@@ -23,6 +23,7 @@ from lmobj.train.evaluation import Evaluation
 from lmobj.train.run_folder import RunFolder
 from lmobj.train.sinks import finite
 from lmobj.train.step import State
+from lmobj.train.writing import report_written
 
 __all__ = ["EVALUATED", "SplitReport", "examine", "read_reports", "reported_splits"]
 
@@ -109,6 +110,10 @@ def examine(run: Assembly, state: State, split: str) -> tuple[dict[str, float], 
     """The metrics over a split, and of a task what is told beside them. Every process calls it and has all of it."""
     evaluation = Evaluation(run, split)
     metrics, found = evaluation.examine(state)
+    baselines = {} if found is None else evaluation.baselines()
+    if run.objective.task == "sequence_to_sequence" and (told := report_written(run, run.model(state), split)):
+        found, baselines = told
+        metrics = metrics | found.figures
     if found is None:
         return metrics, None
     records = list(found.records())
@@ -119,7 +124,7 @@ def examine(run: Assembly, state: State, split: str) -> tuple[dict[str, float], 
         data=run.dataset.fingerprint,
         examples=len(records),
         figures=metrics,
-        baselines=evaluation.baselines(),
+        baselines=baselines,
         header=found.header,
         rows=found.rows,
         picture=found.picture,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from lmobj.evaluate import (
     infill_text,
     infilling_tokens,
     masked_tokens,
+    sentinels_in,
 )
 from lmobj.models import CachedModel
 from lmobj.objectives import MaskedDiffusion
@@ -36,6 +38,7 @@ from lmobj.train.run_folder import RunFolder
 from lmobj.train.split_report import examine, reported_splits
 from lmobj.train.step import State
 from lmobj.train.tracking import Tracker
+from lmobj.train.writing import TargetWriter, check_scored, score_line, writes_targets
 
 __all__ = ["check_samples", "summarise"]
 
@@ -53,13 +56,17 @@ def check_samples(run: Assembly) -> None:
     """
     if run.config.generation is not None:
         check_generation(run, run.config.generation)
+    check_scored(run)
     if "model" not in run.program.graphs:
         return
     graph, tokenizer = run.program.graphs["model"], run.dataset.tokenizer
 
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
-        if _writes(run, model, prompt):
+        if writes_targets(run.objective):
+            if run.objective.fills_spans:
+                sentinels_in(tokenizer, prompt)
+        elif _writes(run, model, prompt):
             if len(tokenizer.encode(prompt)) == 0:
                 raise UserError("it is empty; accepted: a text of at least one character.")
             _check_room(run, model, _read_length(run, prompt) + 1)
@@ -97,6 +104,8 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
         tracker.text(int(state.step), "sample", sample["text"])
     for one in filter(None, told):
         one.write(folder)
+        if one.task == "sequence_to_sequence":
+            tracker.note(f"{one.split}: {score_line(one.figures)}.")
     report = write_report(folder.path)
 
     figure = run.objective.judged_by
@@ -114,8 +123,24 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
 
 
 def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
-    """The config's prompts, continued by models that generate and filled by models that fill masks or middles."""
-    prompts, tokenizer = run.config.sample, run.dataset.tokenizer
+    """The config's prompts, continued by models that generate and filled by models that fill masks, spans or middles;
+    or what an encoder with a decoder writes for them."""
+    prompts = run.config.sample
+    if writes_targets(run.objective):
+        writer = TargetWriter(run, model)
+        if writer.fills_spans:
+            texts = {prompt: writer.fill(prompt)[0] for prompt in prompts}
+        else:
+            targets = writer.write_texts(prompts, writer.decoding)
+            texts = {prompt: one[0].text for prompt, one in zip(prompts, targets, strict=True)}
+    else:
+        texts = _continued_or_filled(run, model, prompts)
+    return [{"step": step, "prompt": prompt, "text": texts[prompt]} for prompt in prompts]
+
+
+def _continued_or_filled(run: Assembly, model: Any, prompts: Sequence[str]) -> dict[str, str]:
+    """The text of each prompt, by a model that reads and writes one row."""
+    tokenizer = run.dataset.tokenizer
     written = [prompt for prompt in prompts if _writes(run, model, prompt)]
     framed = not _unmasks(run)
     texts = {
@@ -135,7 +160,7 @@ def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
             for prompt, order in orders.items()
             if order is not None
         }
-    return [{"step": step, "prompt": prompt, "text": texts[prompt]} for prompt in prompts]
+    return texts
 
 
 def _order(run: Assembly, prompt: str) -> InfillingOrder | None:

@@ -8,6 +8,7 @@ run.continue_text(["Once upon"], SamplingConfig(top_p=0.9))[0][0].text
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.split_report import SplitReport, examine
 from lmobj.train.step import State
+from lmobj.train.writing import TargetWriter, writes_targets
 
 __all__ = ["TrainedRun", "on_one_device", "open_run"]
 
@@ -78,16 +80,25 @@ class TrainedRun:
     ) -> list[list[Continuation]]:
         """Continues each prompt; for every prompt the samples or beams.
 
-        A model of pairs of texts writes the second text of each, of which the prompt is the first.
+        A model of pairs of texts writes the second text of each, of which the prompt is the first; and an encoder with
+        a decoder the target for it.
         """
         self._check_decoding(settings)
+        if self.writer is not None:
+            assert not isinstance(settings, UnmaskingConfig)
+            return self.writer.write_texts(prompts, settings)
         suffix = self.assembly.spec.suffix if self.writes_second_texts else ()
         return continue_text(self.model, self.tokenizer, prompts, settings, suffix=suffix)
 
+    @functools.cached_property
+    def writer(self) -> TargetWriter | None:
+        """The model as it writes targets for inputs; None where it is no encoder with a decoder."""
+        return TargetWriter(self.assembly, self.model) if writes_targets(self.assembly.objective) else None
+
     @property
     def writes_second_texts(self) -> bool:
-        """Whether the rows that the model learned from are pairs of texts."""
-        return self.assembly.spec.two_texts
+        """Whether the model writes one text for another, which it does not go on with."""
+        return self.assembly.spec.two_texts or writes_targets(self.assembly.objective)
 
     @property
     def unmasks(self) -> bool:
@@ -108,14 +119,17 @@ class TrainedRun:
         return answer_queries(self.model, self.tokenizer, task, examples, queries, settings, shots=shots)
 
     def fill_text(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:
-        """The text with each [MASK] filled, and the k best guesses for each."""
+        """The text with each [MASK] filled, and the k best guesses for each; or of span corruption with the spans that
+        sentinels stand for, and those of the k best fillings."""
         objective = self.assembly.objective
+        if self.writer is not None and self.writer.fills_spans:
+            return self.writer.fill(text, k)
         if not objective.fills_masks:
             raise UserError(
                 f"the objective of this run is {getattr(objective, 'name', type(objective).__name__)}, which does not "
                 "teach a model to fill masks; accepted: a run of a masked language model, such as "
-                "objective.name=masked_lm, or one that learned to fill in the middle of a text, such as "
-                "objective.name=fill_in_middle."
+                "objective.name=masked_lm, of span corruption by an encoder with a decoder, or one that learned to "
+                "fill in the middle of a text, such as objective.name=fill_in_middle."
             )
         return fill_text(self.model, self.tokenizer, text, k, framed=not self.unmasks)
 
