@@ -107,7 +107,7 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
             [],
             [
                 "objective is missing",
-                "causal_lm, classification, extractive_qa, fill_in_middle, in_batch_contrastive, masked",
+                "causal_lm, classification, denoising_autoencoder, extractive_qa, fill_in_middle, in_batch_contrastive, masked",
             ],
         ),
         (
@@ -157,7 +157,7 @@ def test_dump_round_trips_and_pydantic_agrees(write: Write, key: str, name: str)
         extras = ["objective.name=next_sentence_prediction"]
     if (key, name) == ("objective", "mixture"):
         extras = ["objective.members={lm: {objective: {name: masked_lm}}}"]
-    assert parent.split(".")[0] in {"adapter", "data", "model", "objective", "train"}
+    assert parent.split(".")[0] in {"adapter", "data", "model", "objective", "train", "writing"}
     overrides = [*extras, f"{key}.name={name}", "sample=['1e5', 'no']", "train.coefficients={nll: 2}"]
     experiment = config.load(write(_MINIMAL), overrides)
     text = config.dump(experiment)
