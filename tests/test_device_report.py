@@ -186,7 +186,7 @@ def test_a_row_without_a_peer_is_lmobjs_alone(capsys: pytest.CaptureFixture[str]
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     gpt2 = device_speed.quick()["quick"]
-    model = EncoderDecoderConfig(layers=1, width=8, heads=2)
+    model = EncoderDecoderConfig(layers=1, width=8, heads=2, positions="sinusoidal")
     rows = {"gpt2": gpt2, "seq2seq": dataclasses.replace(gpt2, model=model, objective=objectives.PrefixLM())}
     assert device_report.by_contenders(rows, ("lmobj", "eager")) == {
         ("lmobj", "eager"): {"gpt2": rows["gpt2"]},

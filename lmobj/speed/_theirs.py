@@ -18,8 +18,8 @@ import numpy as np
 from lmobj.batch import Vocabulary
 from lmobj.config import Experiment
 from lmobj.errors import UserError
-from lmobj.interop import bert, electra, gpt2, xlnet
-from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, XLNetConfig
+from lmobj.interop import bart, bert, electra, gpt2, t5, xlnet
+from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, EncoderDecoderConfig, XLNetConfig
 from lmobj.objectives import CausalLM, Context, Example, MaskedLM, PermutationLM, ReplacedTokenDetection, step_keys
 from lmobj.speed._ours import Pending
 from lmobj.train import TrainConfig
@@ -30,7 +30,7 @@ __all__ = ["Theirs", "check_peer"]
 _RATE = 1e-4
 _ACCEPTED = (
     "accepted with --peer transformers: causal_lm on a decoder like GPT-2 or LLaMA, masked_lm on an encoder like BERT, "
-    "replaced_token_detection on electra, permutation_lm on xlnet; or no --peer"
+    "replaced_token_detection on electra, permutation_lm on xlnet, an encoder_decoder like T5 or BART; or no --peer"
 )
 
 
@@ -49,8 +49,8 @@ class _Peer(NamedTuple):
     inputs: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
     step: Callable[[Any, dict[str, Any], Any], tuple[Any, Any]]
     memory: Callable[[], Any] = lambda: None
-    shared: Callable[[Any], None] = lambda models: None
-    """Ties what the models share."""
+    arranged: Callable[[Any], None] = lambda models: None
+    """Ties what new models share, and parts what they do not."""
 
 
 def check_peer(experiment: Experiment, *, devices: int = 1) -> None:
@@ -108,10 +108,10 @@ class Theirs:
         for name, settings in peer.settings.items():
             kind = getattr(transformers, name)
             models.append(kind(kind.config_class(**settings)))
+        peer.arranged(models)
         if weights is not None and peer.tensors is not None:
             for model, tensors in zip(models, peer.tensors(weights["model"]), strict=True):
                 _load(model, tensors)
-        peer.shared(models)
         models.to(self._device).train()
         self.queues = self._device != "cpu"
         self.attention = str(models[0].config._attn_implementation)
@@ -220,6 +220,8 @@ def _peer(experiment: Experiment, vocab: Vocabulary, design: Design | None) -> _
                 return _encoder(model, vocab, design)
             case ElectraConfig(), ReplacedTokenDetection():
                 return _electra(model, vocab, design)
+            case EncoderDecoderConfig(), _:
+                return _encoder_decoder(model, vocab, design)
             case XLNetConfig(), PermutationLM():
                 return _xlnet(model, vocab, objective, design, experiment.train)
     except UserError as error:
@@ -322,7 +324,7 @@ def _electra(model: ElectraConfig, vocab: Vocabulary, design: Design | None) -> 
         told = models[1](input_ids=corrupted, labels=replaced)
         return coefficients["mlm"] * generated.loss + coefficients["disc"] * told.loss, None
 
-    def shared(models: Any) -> None:
+    def arranged(models: Any) -> None:
         if model.sharing == "embeddings":
             models[1].electra.embeddings = models[0].electra.embeddings
 
@@ -331,7 +333,38 @@ def _electra(model: ElectraConfig, vocab: Vocabulary, design: Design | None) -> 
         lambda params: electra.from_lmobj(params, model, vocab.size),
         inputs,
         step,
-        shared=shared,
+        arranged=arranged,
+    )
+
+
+def _encoder_decoder(model: EncoderDecoderConfig, vocab: Vocabulary, design: Design | None) -> _Peer:
+    """BART where positions are learned, else T5."""
+    family, name = (bart, "Bart") if model.positions == "learned" else (t5, "T5")
+
+    def inputs(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        assert design is not None
+        example = _corrupted(design, batch)
+        assert example.mask.segment_ids is not None
+        weighed = np.asarray(example.weights) > 0
+        return {
+            "input_ids": np.asarray(example.inputs, np.int64),
+            "attention_mask": np.asarray(example.mask.segment_ids > 0, np.int64),
+            "decoder_input_ids": np.asarray(example.decoder_inputs, np.int64),
+            "labels": np.where(weighed, np.asarray(example.targets), -100).astype(np.int64),
+        }
+
+    def arranged(models: Any) -> None:
+        import torch
+
+        if not model.tie_embeddings:  # Transformers 5 ties the tables of new models all the same
+            models[0].lm_head.weight = torch.nn.Parameter(models[0].lm_head.weight.detach().clone())
+
+    return _Peer(
+        {f"{name}ForConditionalGeneration": family.config_to_hf(model, vocab)},
+        lambda params: [family.from_lmobj(params, model, vocab.size)],
+        inputs,
+        _one_model,
+        arranged=arranged,
     )
 
 

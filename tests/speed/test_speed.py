@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tests.train.seq2seq_objective import Reconstruction
 
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.cli import main
 from lmobj.config import Experiment, load
 from lmobj.errors import UserError
+from lmobj.models import EncoderDecoderConfig
 from lmobj.speed import _measure, check_peer, measure, measure_each, notes, speed_rows, synthetic_batch
 from lmobj.speed._ours import Pending
 from lmobj.train.assemble import Design, design
@@ -243,6 +245,20 @@ def _like_gpt2() -> Experiment:
     return dataclasses.replace(config, model=model)
 
 
+def _seq2seq(**settings: Any) -> Experiment:
+    """An encoder-decoder that writes the row it reads."""
+    sizes: dict[str, Any] = {"layers": 2, "width": 32, "heads": 2, "mlp_width": 64, "max_length": 64, "init_std": 0.2}
+    model = EncoderDecoderConfig(**{**sizes, "head_width": 8, **settings})
+    return dataclasses.replace(tiny("causal_lm"), model=model, objective=Reconstruction())
+
+
+_BART: dict[str, Any] = {
+    "head_width": None, "positions": "learned", "norm": "layernorm", "norm_eps": 1e-5, "pre_norm": False,
+    "embedding_norm": True, "activation": "gelu_exact", "bias": True, "tie_embeddings": True, "output_bias": True,
+    "scale_attention": True,
+}  # fmt: skip
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("make", "apart"),
@@ -266,6 +282,8 @@ def _like_gpt2() -> Experiment:
             id="xlnet",
             marks=pytest.mark.slow,
         ),
+        pytest.param(_seq2seq, 1e-4, id="t5", marks=pytest.mark.slow),
+        pytest.param(lambda: _seq2seq(**_BART), 1e-4, id="bart", marks=pytest.mark.slow),
         # LLaMA has weights of its own: both guess.
         pytest.param(lambda: tiny("causal_lm", "model.init_std=0.02"), 0.05, id="llama", marks=pytest.mark.slow),
     ],
