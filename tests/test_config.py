@@ -107,7 +107,7 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
             [],
             [
                 "objective is missing",
-                "causal_lm, classification, denoising_autoencoder, extractive_qa, fill_in_middle, in_batch_contrastive, masked",
+                "causal_lm, classification, denoising_autoencoder, extractive_qa, fill_in_middle, in_batch_contrastive",
             ],
         ),
         (

@@ -43,14 +43,17 @@ class SequenceToSequence(InputsToTargets):
     name: Literal["sequence_to_sequence"] = "sequence_to_sequence"
     """Write the second of two texts from the first."""
     target_length: int | None = None
-    """Most tokens of a target, its end included, at least 2. Null: as many as a source has."""
+    """Most tokens of a target, what opens and ends it included, at least 2 (3 with `open_texts`). Null: as many as a
+    source has."""
+    open_texts: bool = False
+    """Whether sources and targets begin with <s>, as BART's do."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_length is not None and self.target_length < 2:
+        if self.target_length is not None and self.target_length < self._least:
             raise UserError(
-                f"objective.target_length is {self.target_length}; it must be at least 2: a token and the end of the "
-                "text."
+                f"objective.target_length is {self.target_length}; it must be at least {self._least}: a token and what "
+                "stands around a text."
             )
 
     @property
@@ -60,27 +63,39 @@ class SequenceToSequence(InputsToTargets):
 
     def raw_length(self, length: int) -> int:
         """Room for a source and a target."""
+        least, both = self._least, length
         if self.rendering == "decoder":
-            least = 4 if self.target_length is None else self.target_length + 2
-            raw = length
+            least += self.target_length or least
         else:
-            least, raw = 2, length + (self.target_length or length)
+            both += self.target_length or length
         if length < least:
             raise UserError(f"data.length is {length}; accepted: {least} or more tokens.")
-        return raw
+        return both - 2 * self.open_texts
 
     def rooms(self, raw_length: int) -> Rooms:
         """As the settings say; half of the row for each where they say nothing."""
-        targets = self.target_length or raw_length // 2
-        return Rooms(raw_length - targets, targets, raw_length)
+        both = raw_length + 2 * self.open_texts
+        targets = self.target_length or both // 2
+        return Rooms(both - targets, targets, both)
 
     def rows(self, vocab: Vocabulary, length: int) -> RowSpec:
-        """Source, end, target, end; refuses a vocabulary without an end token, or without what the decoder reads
+        """Source, end, target, end; refuses a vocabulary without what ends or opens a text, or what the decoder reads
         first."""
         self.start(vocab)
-        raw = self.raw_length(length)
+        raw, (_, suffix) = self.raw_length(length), self.around(vocab)
+        second = self.rooms(raw).targets - self.open_texts
+        return RowSpec("examples", raw, suffix=suffix, two_texts=True, second_length=second)
+
+    def around(self, vocab: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The end token, and with `open_texts` <s> before a text."""
         suffix = (end_token(vocab, self.name),)
-        return RowSpec("examples", raw, suffix=suffix, two_texts=True, second_length=self.rooms(raw).targets)
+        if not self.open_texts:
+            return (), suffix
+        if vocab.bos is None:
+            raise UserError(
+                "objective.open_texts is true, and the vocabulary has no <s>; accepted: a tokenizer with it, or false."
+            )
+        return (vocab.bos,), suffix
 
     def check_model(self, settings: Any) -> None:
         """Refuses a model whose decoder does not write so many tokens."""
@@ -94,13 +109,22 @@ class SequenceToSequence(InputsToTargets):
     def denoise(self, keys: Key[Array, " B"], batch: Batch, vocab: Vocabulary) -> Denoised:
         """Both texts of each row; nothing is random."""
         tokens, types, real = batch["tokens"], batch["token_types"], batch["segment_ids"] > 0
-        rooms = self.rooms(tokens.shape[1])
+        rooms, (opening, _) = self.rooms(tokens.shape[1]), self.around(vocab)
 
         def text(kind: int, room: int) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
             inside = real & (types == kind)
-            length = jnp.minimum(jnp.sum(inside, axis=1, dtype=jnp.int32), room)
-            at = jnp.arange(room, dtype=jnp.int32)
-            found = jnp.take_along_axis(tokens, jnp.argmax(inside, axis=1)[:, None] + at, axis=1, mode="clip")
-            return jnp.where(at < length[:, None], found, 0), length
+            own = room - len(opening)
+            count = jnp.minimum(jnp.sum(inside, axis=1, dtype=jnp.int32), own)
+            places = jnp.argmax(inside, axis=1)[:, None] + jnp.arange(own, dtype=jnp.int32)
+            found = jnp.take_along_axis(tokens, places, axis=1, mode="clip")
+            first = jnp.tile(jnp.asarray(opening, tokens.dtype), (len(tokens), 1))
+            length = jnp.where(count > 0, count + len(opening), 0)
+            row = jnp.concatenate([first, found], axis=1)
+            return jnp.where(jnp.arange(room) < length[:, None], row, 0), length
 
         return Denoised(*text(0, rooms.inputs), *text(1, rooms.targets))
+
+    @property
+    def _least(self) -> int:
+        """Of the tokens of a text."""
+        return 2 + self.open_texts

@@ -38,7 +38,7 @@ from lmobj.train.run_folder import RunFolder
 from lmobj.train.split_report import examine, reported_splits
 from lmobj.train.step import State
 from lmobj.train.tracking import Tracker
-from lmobj.train.writing import TargetWriter, check_scored, score_line, writes_targets
+from lmobj.train.writing import TargetWriter, check_goes_on, check_scored, score_line, writes_targets
 
 __all__ = ["check_samples", "summarise"]
 
@@ -63,6 +63,7 @@ def check_samples(run: Assembly) -> None:
 
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
+        check_goes_on(run.objective)
         if writes_targets(run.objective):
             if run.objective.fills_spans:
                 sentinels_in(tokenizer, prompt)

@@ -40,7 +40,7 @@ from lmobj.train.run_folder import RunFolder, check_same_run
 from lmobj.train.sharding import MeshConfig
 from lmobj.train.split_report import SplitReport, examine
 from lmobj.train.step import State
-from lmobj.train.writing import TargetWriter, writes_targets
+from lmobj.train.writing import TargetWriter, check_goes_on, writes_targets
 
 __all__ = ["TrainedRun", "on_one_device", "open_run"]
 
@@ -87,6 +87,7 @@ class TrainedRun:
         if self.writer is not None:
             assert not isinstance(settings, UnmaskingConfig)
             return self.writer.write_texts(prompts, settings)
+        check_goes_on(self.assembly.objective)
         suffix = self.assembly.spec.suffix if self.writes_second_texts else ()
         return continue_text(self.model, self.tokenizer, prompts, settings, suffix=suffix)
 
@@ -116,6 +117,7 @@ class TrainedRun:
     ) -> Answers:
         """Answers each query after examples of its task; see `lmobj.evaluate.answer_queries`."""
         self._check_decoding(settings)
+        check_goes_on(self.assembly.objective)
         return answer_queries(self.model, self.tokenizer, task, examples, queries, settings, shots=shots)
 
     def fill_text(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lmobj.data import Dataset, Tokenizer, progress_bar
+from lmobj.errors import UserError
 from lmobj.evaluate import (
     TASKS,
     Continuation,
@@ -30,12 +31,22 @@ from lmobj.evaluate import (
 from lmobj.objectives import InputsToTargets, Objective, Task
 from lmobj.train.assemble import Assembly
 
-__all__ = ["TargetWriter", "check_scored", "report_written", "score_line", "writes_targets"]
+__all__ = ["TargetWriter", "check_goes_on", "check_scored", "report_written", "score_line", "writes_targets"]
 
 
 def writes_targets(objective: Objective) -> TypeGuard[InputsToTargets]:
     """Whether it trains an encoder with a decoder to write targets for inputs."""
     return isinstance(objective, InputsToTargets) and objective.rendering == "encoder_decoder"
+
+
+def check_goes_on(objective: Objective) -> None:
+    """Refuses to have a text gone on with by a model that learned to read it from both sides."""
+    if isinstance(objective, InputsToTargets) and not writes_targets(objective):
+        raise UserError(
+            f"the objective of this run is {getattr(objective, 'name', '')} with objective.rendering=decoder, whose "
+            "model reads its inputs from both sides and is not generated from; accepted: a causal model, or a run with "
+            "objective.rendering=encoder_decoder."
+        )
 
 
 @dataclass(frozen=True)

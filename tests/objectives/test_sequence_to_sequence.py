@@ -49,6 +49,23 @@ def test_source_and_target_of_each_row() -> None:
     assert float(SequenceToSequence().weights(example)["nll"]) == 8
 
 
+def test_texts_that_are_opened() -> None:
+    """Rooms of 5 and 6 tokens, of which 4 and 5 are of the row."""
+    objective = SequenceToSequence(target_length=6, open_texts=True, decoder_start="eos")
+    example, _ = example_of(objective)
+    np.testing.assert_array_equal(example.inputs, [[2, 7, 8, 9, 3], [2, 7, 3, 0, 0], [0] * 5, [2, 7, 8, 3, 0]])
+    np.testing.assert_array_equal(example.targets[:2], [[2, 10, 11, 3, 0, 0], [2, 12, 13, 14, 15, 3]])
+    assert example.decoder_inputs is not None
+    np.testing.assert_array_equal(example.decoder_inputs[:2], [[3, 2, 10, 11, 3, 0], [3, 2, 12, 13, 14, 15]])
+    np.testing.assert_array_equal(example.weights, [[1, 1, 1, 1, 0, 0], [1] * 6, [0] * 6, [0] * 6])
+    spec = objective.rows(VOCAB, 5)
+    assert (spec.length, spec.second_length) == (9, 5)
+    assert objective.use(5) == RowUse(5, 6, decoder_length=6)
+    assert objective.around(VOCAB) == ((2,), (3,))
+    with pytest.raises(UserError, match=r"objective.open_texts is true, and the vocabulary has no <s>"):
+        objective.rows(dataclasses.replace(VOCAB, bos=None), 5)
+
+
 def test_both_in_one_row() -> None:
     example, _ = example_of(SequenceToSequence(target_length=5, rendering="decoder"))
     np.testing.assert_array_equal(example.inputs[:2], [[7, 8, 9, 3, 10, 11, 3, 0, 0], [7, 3, 12, 13, 14, 15, 3, 0, 0]])

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tests.train.seq2seq_objective import Reconstruction
 
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.cli import main
 from lmobj.config import Experiment, load
 from lmobj.errors import UserError
 from lmobj.models import EncoderDecoderConfig
+from lmobj.objectives import PrefixLM
 from lmobj.speed import _measure, check_peer, measure, measure_each, notes, speed_rows, synthetic_batch
 from lmobj.speed._ours import Pending
 from lmobj.train.assemble import Design, design
@@ -246,10 +246,10 @@ def _like_gpt2() -> Experiment:
 
 
 def _seq2seq(**settings: Any) -> Experiment:
-    """An encoder-decoder that writes the row it reads."""
+    """An encoder-decoder that writes how rows go on."""
     sizes: dict[str, Any] = {"layers": 2, "width": 32, "heads": 2, "mlp_width": 64, "max_length": 64, "init_std": 0.2}
     model = EncoderDecoderConfig(**{**sizes, "head_width": 8, **settings})
-    return dataclasses.replace(tiny("causal_lm"), model=model, objective=Reconstruction())
+    return dataclasses.replace(tiny("causal_lm"), model=model, objective=PrefixLM())
 
 
 _BART: dict[str, Any] = {
