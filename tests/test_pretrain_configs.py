@@ -120,6 +120,8 @@ def test_the_published_sizes() -> None:
     # maps of relative positions make large 20 more than BERT large, whose 340 the paper calls its size.
     published |= {"xlnet_base": 117, "xlnet_large": 360}
     published |= {"albert_base": 12, "albert_large": 18, "albert_xlarge": 60, "albert_xxlarge": 223}
+    # BART base as released.
+    published |= {"bart_base": 139}
     published |= {"electra_small": 14, "electra_base": 110, "electra_large": 335}
     # SantaCoder: 24 layers of 10 D^2 + 256 D, with one head of 128 for keys and values, and tables of 49,152 D and
     # 2,048 D; 1.1 billion in the paper.

@@ -210,6 +210,38 @@ def test_equals_fairseqs_loop_with_the_same_draws(length: int, rows: int, mean: 
     assert mean is None or overlaps > 0
 
 
+SPANS = ((1.0, "span"), (3.0, "delete"), (16.0, "token"), (None, "span"))
+
+
+@pytest.mark.parametrize(("mean", "replace"), SPANS)
+@pytest.mark.parametrize(("length", "rows"), [(16, 400), (128, 100), pytest.param(4096, 400, marks=pytest.mark.slow)])
+def test_every_text_can_be_put_together_again(length: int, rows: int, mean: float | None, replace: str) -> None:
+    """Over rates .01 to .9: what is seen is the text's, once, and what is not are whole words, at most the budget."""
+    tokens, lengths, starts = texts(rows, length, 5)
+    percents = np.random.default_rng(length).integers(1, 91, rows)
+    rates = (percents / 100).astype(np.float32)
+
+    def one(key: jax.Array, row: noise.NoisedRow, starts: jax.Array, rate: jax.Array) -> noise.NoisedRow:
+        settings = {"mask_id": MASK, "vocab_size": VOCAB, "mean_span": mean, "replace": replace}
+        infill_key, rotate_key = jax.random.split(key)
+        return noise.rotate_row(rotate_key, noise.infill_spans(infill_key, row, starts, mask_rate=rate, **settings))
+
+    out = run(one, keys_of(rows, 9), tokens, lengths, starts, rates, room=length + 8)
+    check_rows(out, tokens)
+    exact = 0
+    for row in range(rows):
+        inner = np.arange(1, max(lengths[row] - 1, 1))
+        word, seen = np.cumsum(starts[row][inner]), np.isin(inner, out.source[row])
+        hidden = set(word[~seen].tolist())
+        assert not hidden & {*word[seen].tolist(), 0}
+        budget = -(-int(starts[row][inner].sum()) * int(percents[row]) // 100)
+        assert min(budget, 1) <= len(hidden) <= budget
+        exact += len(hidden) == budget
+        filled = out.tokens[row][: out.length[row]][out.source[row][: out.length[row]] < 0]
+        assert (filled == MASK).all()
+    assert exact == rows if mean is None else exact > rows // 8
+
+
 def test_lengths_are_those_of_drawing_until_the_budget_is_met() -> None:
     """By enumeration of Poisson(1.2) lengths one after another: what is above 0, cut at 3, and how many are 0."""
     mean, budget, rows = 1.2, 3, 60_000
