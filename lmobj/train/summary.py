@@ -53,7 +53,7 @@ def check_samples(run: Assembly) -> None:
 
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
-        if _writes(run, model):
+        if _writes(model, run):
             length = _read_length(run, prompt)
             if length == 0:
                 raise UserError("it is empty; accepted: a text of at least one character.")
@@ -110,7 +110,7 @@ def summarise(run: Assembly, state: State, evaluation: Evaluation, folder: RunFo
 def _samples(run: Assembly, model: Any, *, step: int) -> list[dict[str, Any]]:
     """The config's prompts, continued by models that generate and filled by models that fill masks or middles."""
     prompts, tokenizer = run.config.sample, run.dataset.tokenizer
-    if not _writes(run, model):
+    if not _writes(model, run):
         texts = [fill_text(model, tokenizer, prompt)[0] for prompt in prompts]
     else:
         longest = max(_read_length(run, prompt) for prompt in prompts)
@@ -139,7 +139,7 @@ def _read_length(run: Assembly, prompt: str) -> int:
     return len(tokenizer.encode(prompt) if order is None else infilling_tokens(tokenizer, prompt, order)[0])
 
 
-def _writes(run: Assembly, model: Any) -> TypeGuard[CachedModel]:
+def _writes(model: Any, run: Assembly) -> TypeGuard[CachedModel]:
     """Whether the model writes on from a prompt: one that could, and was not taught to fill masks instead."""
     objective = run.objective
     return isinstance(model, CachedModel) and (objective.causal or not objective.fills_masks)
