@@ -123,7 +123,8 @@ def write_targets(
         parts.append(Generated(*(x[: len(chosen)] for x in found)))
         done(first + len(chosen))
     places = np.argsort(order)
-    return Generated(*(np.concatenate(each)[places] for each in zip(*parts, strict=True)))
+    written: Generated = jax.tree.map(lambda *x: np.concatenate(x)[places], *parts)
+    return written
 
 
 def _power_of_two(number: int) -> int:
