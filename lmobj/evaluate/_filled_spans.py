@@ -85,9 +85,9 @@ def sentinels_in(tokenizer: Tokenizer, text: str) -> list[int]:
     every = tokenizer.vocabulary.sentinels
     ids = [index for index in tokenizer.encode(text, special=True).tolist() if index in every]
     if not ids or ids != list(every[: len(ids)]):
-        names = ", ".join(map(tokenizer.piece, ids)) or "none"
+        names = "sentinels " + ", ".join(map(tokenizer.piece, ids)) if ids else "no sentinels"
         raise UserError(
-            f"the text {text!r} has the sentinels {names}; accepted: {tokenizer.piece(every[0])} where a span is to be "
+            f"the text {text!r} has {names}; accepted: {tokenizer.piece(every[0])} where a span is to be "
             "filled in, and the others after it in their order, each once."
             if every
             else "fill needs a vocabulary with sentinels, and this run's has none."

@@ -123,7 +123,8 @@ def write_targets(
         parts.append(Generated(*(x[: len(chosen)] for x in found)))
         done(first + len(chosen))
     places = np.argsort(order)
-    return jax.tree.map(lambda *each: np.concatenate(each)[places], *parts)
+    written: Generated = jax.tree.map(lambda *x: np.concatenate(x)[places], *parts)
+    return written
 
 
 def _power_of_two(number: int) -> int:

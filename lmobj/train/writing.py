@@ -25,10 +25,9 @@ from lmobj.evaluate import (
     check_scores,
     continuations,
     fill_spans,
-    task_report,
     write_targets,
 )
-from lmobj.objectives import InputsToTargets, Objective, Task
+from lmobj.objectives import InputsToTargets, Objective
 from lmobj.train.assemble import Assembly
 
 __all__ = ["TargetWriter", "check_goes_on", "check_scored", "report_written", "score_line", "writes_targets"]
@@ -147,8 +146,8 @@ def report_written(
     sources, targets = ([data.tokenizer.decode(pair[side]) for pair in pairs] for side in (0, 1))
     reference = WrittenReference(sources, targets, config.words)
     outputs: dict[str, NDArray] = {"written": np.array([texts[0].text for texts in written], object)}
-    task: Task = "sequence_to_sequence"
-    return task_report(task, outputs, (), reference), TASKS[task].baselines(None, reference)
+    kind = TASKS["sequence_to_sequence"]
+    return kind.report(outputs, (), reference), kind.baselines(None, reference)
 
 
 def score_line(figures: Mapping[str, float]) -> str:

@@ -67,9 +67,9 @@ def test_what_is_not_written_is_nothing(tokenizer: Tokenizer, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("Thank you", "has the sentinels none; accepted: <extra_id_0> where"),
-        ("<extra_id_1> you", "has the sentinels <extra_id_1>"),
-        ("<extra_id_0> you <extra_id_0>", "has the sentinels <extra_id_0>, <extra_id_0>"),
+        ("Thank you", "has no sentinels; accepted: <extra_id_0> where"),
+        ("<extra_id_1> you", "has sentinels <extra_id_1>"),
+        ("<extra_id_0> you <extra_id_0>", "has sentinels <extra_id_0>, <extra_id_0>"),
         ("week " * 40 + "<extra_id_0>", "tokens; accepted: up to 40"),
     ],
     ids=["none", "order", "twice", "long"],
