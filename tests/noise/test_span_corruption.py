@@ -105,7 +105,12 @@ def test_counts_are_exact_and_the_same_traced_and_in_python() -> None:
     assert span_counts(190, 0.15, 3, np)[0] == 28
 
 
-MAXIMA = {16: 600, 128: 400, 4096: 24}
+MAXIMA = ((16, 600), (128, 400), (4096, 24))
+"""Longest rows, and how many are drawn; each has a length, a density and a mean span of its own."""
+MORE = ((512, 4_000), (4096, 1_000))
+every_maximum = pytest.mark.parametrize(
+    ("max_length", "rows"), [*MAXIMA, *(pytest.param(*values, marks=pytest.mark.slow) for values in MORE)]
+)
 
 
 @functools.lru_cache
@@ -134,12 +139,10 @@ def drawn(max_length: int, kind: str, rows: int, seed: int = 0) -> tuple[np.ndar
 
 
 @pytest.mark.parametrize("kind", ["spans", "iid"])
-@pytest.mark.parametrize("max_length", list(MAXIMA))
-def test_every_row_reassembles(max_length: int, kind: str) -> None:
+@every_maximum
+def test_every_row_reassembles(max_length: int, rows: int, kind: str) -> None:
     """Over lengths from 0, densities .01 to .9, mean spans 1 to 64: inputs and targets are T5's, and join again."""
-    for tokens, length, *_, mask, inputs, seen, targets, written in zip(
-        *drawn(max_length, kind, MAXIMA[max_length]), strict=True
-    ):
+    for tokens, length, *_, mask, inputs, seen, targets, written in zip(*drawn(max_length, kind, rows), strict=True):
         assert not mask[length:].any()
         assert not inputs[seen:].any()
         assert not targets[written:].any()
@@ -152,12 +155,10 @@ def test_every_row_reassembles(max_length: int, kind: str) -> None:
         np.testing.assert_array_equal(joined, tokens[:length])
 
 
-@pytest.mark.parametrize("max_length", list(MAXIMA))
-def test_spans_are_as_many_and_as_long_as_t5s(max_length: int) -> None:
+@every_maximum
+def test_spans_are_as_many_and_as_long_as_t5s(max_length: int, rows: int) -> None:
     """Counts by Python's fractions; runs alternate from no noise to noise; lengths are those foretold."""
-    for _, length, density, mean, mask, _, seen, _, written in zip(
-        *drawn(max_length, "spans", MAXIMA[max_length]), strict=True
-    ):
+    for _, length, density, mean, mask, _, seen, _, written in zip(*drawn(max_length, "spans", rows), strict=True):
         if length < 2:
             assert not mask.any()
             continue
@@ -218,29 +219,35 @@ def test_prefixes_are_uniform(length: int, density: float, least: int) -> None:
     assert length - least == 1 or stats.chisquare(counts[least:]).pvalue > 1e-3
 
 
-def test_prefixes_split_rows_in_two() -> None:
-    rows = 200
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(2, 99, (rows, 20)).astype(np.int32)
-    lengths = (np.arange(rows) % 21).astype(np.int32)
+@every_maximum
+def test_prefixes_split_rows_in_two(max_length: int, rows: int) -> None:
+    """Over lengths from 0 and densities .01 to .9: the prefix and the rest, joined, are the row; a rest without room
+    leaves the row out."""
+    rng = np.random.default_rng(max_length)
+    tokens = rng.integers(2, 5_000, (rows, max_length)).astype(np.int32)
+    lengths = rng.integers(0, max_length + 1, rows).astype(np.int32)
+    lengths[: min(17, rows)] = np.minimum(np.arange(min(17, rows)), max_length)
+    densities = (rng.integers(1, 91, rows) / 100).astype(np.float32)
+    target_room = max_length // 2 + 2
 
-    def one(key: jax.Array, row: jax.Array, length: jax.Array) -> tuple:
-        prefix = noise.split_prefix(key, length)
-        rooms = {"input_room": 21, "target_room": 12}
+    def one(key: jax.Array, row: jax.Array, length: jax.Array, density: jax.Array) -> tuple:
+        prefix = noise.split_prefix(key, length, noise_density=density)
+        rooms = {"input_room": max_length + 1, "target_room": target_room}
         return prefix, *noise.prefix_inputs_targets(row, prefix, length, eos=EOS, **rooms)
 
-    out = [np.asarray(x) for x in jax.jit(jax.vmap(one))(keys_of(rows), tokens, lengths)]
+    out = [np.asarray(x) for x in jax.jit(jax.vmap(one))(keys_of(rows), tokens, lengths, densities)]
     left_out = 0
     for row, length, prefix, inputs, seen, targets, written in zip(tokens, lengths, *out, strict=True):
-        rest = [*row[prefix:length].tolist(), EOS]
-        if length < 2 or len(rest) > 12:
+        rest = length - prefix + 1
+        if length < 2 or rest > target_room:
             left_out += length >= 2
             assert (seen, written, prefix > 0) == (0, 0, length >= 2)
             continue
-        assert inputs.tolist() == [*row[:prefix].tolist(), EOS] + [0] * (20 - prefix)
-        assert targets.tolist() == rest + [0] * (12 - len(rest))
-        assert (seen, written) == (prefix + 1, len(rest))
-    assert left_out > 10
+        assert 1 <= prefix < length
+        assert inputs.tolist() == [*row[:prefix].tolist(), EOS] + [0] * (max_length - prefix)
+        assert targets.tolist() == [*row[prefix:length].tolist(), EOS] + [0] * (target_room - rest)
+        assert (seen, written) == (prefix + 1, rest)
+    assert left_out > 0
 
 
 def test_rows_that_do_not_fit_are_left_out_whole() -> None:
