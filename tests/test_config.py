@@ -154,7 +154,7 @@ def test_dump_round_trips_and_pydantic_agrees(write: Write, key: str, name: str)
         extras = ["objective.name=next_sentence_prediction"]
     if (key, name) == ("objective", "mixture"):
         extras = ["objective.members={lm: {objective: {name: masked_lm}}}"]
-    assert parent.split(".")[0] in {"adapter", "data", "model", "objective", "train"}
+    assert parent.split(".")[0] in {"adapter", "data", "model", "objective", "train", "writing"}
     overrides = [*extras, f"{key}.name={name}", "sample=['1e5', 'no']", "train.coefficients={nll: 2}"]
     experiment = config.load(write(_MINIMAL), overrides)
     text = config.dump(experiment)
