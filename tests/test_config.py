@@ -105,7 +105,10 @@ def test_another_name_starts_its_section_anew(write: Write) -> None:
         (
             "model: {name: gru}",
             [],
-            ["objective is missing", "causal_lm, classification, denoising_autoencoder, extractive_qa, in_batch"],
+            [
+                "objective is missing",
+                "causal_lm, classification, denoising_autoencoder, extractive_qa, fill_in_middle, in_batch",
+            ],
         ),
         (
             _MINIMAL + "trian: {steps: 1}",

@@ -296,7 +296,7 @@ def test_every_key_but_those_is_held_fast(causal: FitResult) -> None:
         "run", *(f"train.mesh.{axis}" for axis in MESH_AXES), "train.zero", "train.log_every", "train.keep",
         "train.profile", "train.guard.nonfinite", "train.guard.spike", "train.guard.threshold", "train.guard.decay",
         "train.guard.warmup", "train.guard.dumps", "train.wandb",
-        "data.cache", "data.workers", "generation",
+        "data.cache", "data.workers", "generation", "writing",
     }  # fmt: skip
     assert "now have the fingerprint other, and the checkpoint was made with" in (
         refusal({**identity, "data": "other"}) or ""
