@@ -142,7 +142,8 @@ def test_the_schema_describes_benchmarks_and_their_arms(capsys: pytest.CaptureFi
     assert main(["schema", "--bench"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert set(schema["properties"]) == {
-        "base", "name", "run", "data", "model", "init", "adapter", "objective", "train", "sample", "generation", "writing",
+        "base", "name", "run", "data", "model", "init", "adapter", "objective", "train", "sample", "generation",
+        "writing",
         "arms", "budget", "seeds", "probe", "metrics",
     }  # fmt: skip
     assert schema["additionalProperties"] is False
