@@ -162,4 +162,14 @@ def test_shipped_benchmarks_load(shipped: pathlib.Path) -> None:
     benchmark = bench.load(shipped)
     assert len(benchmark.arms) > 1
     assert f"lmobj bench configs/bench/{shipped.name}" in shipped.read_text().splitlines()[0]
-    assert benchmark.probe is not None
+
+
+def test_every_self_supervised_objective_has_an_arm() -> None:
+    """Those that read plain text; `mixture` is made of others, and what reads pairs has benchmarks of its own."""
+    arms = [arm for path in _SHIPPED for arm in bench.experiments(bench.load(path)).values()]
+    found = {arm.objective.name for arm in arms}
+    assert found >= {
+        "causal_lm", "masked_lm", "replaced_token_detection", "masked_diffusion", "multi_token_prediction",
+        "fill_in_middle", "prefix_lm", "span_corruption", "mixture_of_denoisers", "denoising_autoencoder", "simcse",
+        "sequence_to_sequence",
+    }  # fmt: skip

@@ -376,6 +376,19 @@ def best_of_spans() -> float:
     return (5 + 1 + 5 * LANGUAGE.ceiling) / (5 + 1 + 5)
 
 
+DENOISERS = (
+    Denoiser(0.3, 1.0, "nlu"),
+    Denoiser(0.5, None, "s2s"),
+)
+
+
+def best_of_denoisers() -> float:
+    """Both read 16 tokens, in inputs of up to 18. Half of the rows have 5 spans of a word; of the others 1 .. 15 words
+    are written, a sentinel before them and the end after, which are known."""
+    rest = sum(n * LANGUAGE.ceiling + 2 for n in range(1, 16)) / 15
+    return (6 + 5 * LANGUAGE.ceiling + rest) / (11 + 8 + 2)
+
+
 def best_of_prefixes() -> float:
     """After a prefix of 1 .. 15 of 16 words come 15 .. 1 of the same topic, and the end."""
     return sum(n * LANGUAGE.ceiling + 1 for n in range(1, 16)) / sum(n + 1 for n in range(1, 16))
@@ -393,6 +406,13 @@ def best_of_prefixes() -> float:
             marks=pytest.mark.slow,
         ),
         pytest.param(PrefixLM(), SEQ2SEQ, best_of_prefixes(), id="prefix", marks=pytest.mark.slow),
+        pytest.param(
+            MixtureOfDenoisers(denoisers=DENOISERS),
+            SEQ2SEQ,
+            best_of_denoisers(),
+            id="denoisers",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             PrefixLM(rendering="decoder"),
             PREFIX_DECODER,
