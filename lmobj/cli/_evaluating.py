@@ -50,7 +50,7 @@ def check_options(
 def print_split(experiment: Experiment, split: str, *, best: bool, as_json: bool) -> None:
     """Evaluates a run on a split and prints the figures; of a task the table of scores too, with files in RUN/eval."""
     trained = open_run(experiment, best=best)
-    metrics, told = trained.examine(split)
+    metrics, told = trained.examine(split, quiet=as_json)
     if not is_first():
         return
     for note in trained.assembly.notes(split):

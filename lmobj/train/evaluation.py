@@ -53,7 +53,7 @@ class Evaluation:
         memory from batch to batch, or is judged by a task's figures."""
         run, found = self.run, self.run.dataset.summary()["sources"]
         carries = jax.tree.leaves(run.abstract_state.objective.carried)
-        if len(found) < 2 or not isinstance(run.rows, RowSpec) or carries or run.objective.task is not None:
+        if len(found) < 2 or not isinstance(run.rows, RowSpec) or carries or self._task is not None:
             return ()
         return tuple(name for name, source in found.items() if source["splits"][self.split]["documents"] > 0)
 

@@ -106,14 +106,20 @@ def reported_splits(run: Assembly) -> list[str]:
     return [split for split in ("validation", "test") if Evaluation(run, split).has_text]
 
 
-def examine(run: Assembly, state: State, split: str) -> tuple[dict[str, float], SplitReport | None]:
-    """The metrics over a split, and of a task what is told beside them. Every process calls it and has all of it."""
+def examine(
+    run: Assembly, state: State, split: str, *, quiet: bool = True
+) -> tuple[dict[str, float], SplitReport | None]:
+    """The metrics over a split, and of a task what is told beside them. Every process calls it and has all of it.
+
+    Where the model writes texts, which takes longer, there is a progress bar unless `quiet`.
+    """
     evaluation = Evaluation(run, split)
     metrics, found = evaluation.examine(state)
     baselines = {} if found is None else evaluation.baselines()
-    if run.objective.task == "sequence_to_sequence" and (told := report_written(run, run.model(state), split)):
-        found, baselines = told
-        metrics = metrics | found.figures
+    if run.objective.task == "sequence_to_sequence":
+        told = report_written(run, run.model(state), split, quiet=quiet)
+        found, baselines = told or (None, {})
+        metrics = metrics | (found.figures if found else {})
     if found is None:
         return metrics, None
     records = list(found.records())

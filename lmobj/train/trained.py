@@ -71,9 +71,9 @@ class TrainedRun:
         """The metrics over a whole split, as at the end of training."""
         return Evaluation(self.assembly, split)(self.state)
 
-    def examine(self, split: str = "validation") -> tuple[dict[str, float], SplitReport | None]:
-        """The same metrics, and of a task's run what is told of the split beside them."""
-        return examine(self.assembly, self.state, split)
+    def examine(self, split: str = "validation", *, quiet: bool = True) -> tuple[dict[str, float], SplitReport | None]:
+        """The same metrics, and of a task's run what is told of the split beside them, with a bar unless `quiet`."""
+        return examine(self.assembly, self.state, split, quiet=quiet)
 
     def continue_text(
         self, prompts: Sequence[str], settings: DecodingConfig | UnmaskingConfig

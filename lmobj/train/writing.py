@@ -126,7 +126,7 @@ class TargetWriter:
 
 
 def report_written(
-    run: Assembly, model: Any, split: str, *, quiet: bool = False
+    run: Assembly, model: Any, split: str, *, quiet: bool = True
 ) -> tuple[TaskReport, dict[str, dict[str, float]]] | None:
     """What is told of the targets that a model writes for the sources of a split, and of the sources as they are.
 
