@@ -49,6 +49,8 @@ def check_samples(run: Assembly) -> None:
         if writes_targets(run.objective):
             if run.objective.fills_spans:
                 sentinels_in(tokenizer, prompt)
+            elif not prompt:
+                raise UserError("it is empty; accepted: a text of at least one character.")
         elif _writes(run, model):
             length = len(tokenizer.encode(prompt))
             if length == 0:

@@ -121,6 +121,10 @@ def test_eval_predict_and_generate_write_the_same(run: TrainedRun, tmp_path: pat
         assert 1 <= len(shown) - 1 <= 3  # and the sum
         assert main(["generate", str(folder), "--prompt", "1", "--tokens", "25"]) == 2
         assert "model.max_length is 24 and rows have 25 tokens" in capsys.readouterr().err
+        assert main(["generate", str(folder), "--prompt", ""]) == 2
+        assert "the prompt is empty" in capsys.readouterr().err
+        assert main(["fill", str(folder), "1 <extra_id_0>"]) == 2
+        assert "does not teach a model to fill masks" in capsys.readouterr().err
 
 
 def test_a_part_of_a_split_is_written_or_nothing(run: TrainedRun) -> None:
@@ -144,6 +148,8 @@ def test_what_cannot_be_is_told_before_training(tmp_path: pathlib.Path, monkeypa
         fit(dataclasses.replace(config, objective=SequenceToSequence(target_length=25)), quiet=True)
     with pytest.raises(UserError, match=r"objective.rendering is encoder_decoder, and Decoder"):
         fit(dataclasses.replace(config, model=DecoderConfig(layers=1, width=16, heads=2)), quiet=True)
+    with pytest.raises(UserError, match=r"sample has the prompt '', which the model cannot use: it is empty"):
+        fit(dataclasses.replace(config, sample=("",)), quiet=True)
     best = dataclasses.replace(config.train.best, metric="bleu")
     with pytest.raises(UserError, match=r"train.best.metric is 'bleu'; accepted: accuracy, loss"):
         fit(dataclasses.replace(config, train=dataclasses.replace(config.train, best=best)), quiet=True)
