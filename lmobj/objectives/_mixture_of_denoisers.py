@@ -98,11 +98,14 @@ class MixtureOfDenoisers(TextToText):
     batch have the same, that of the longest, a row is read as far as its denoiser goes and the rest is left out. Rows
     of one token count nothing.
 
+    `lmobj fill` takes the mode token as part of the text: "[S2S] It was a dark <extra_id_0>".
+
     Metrics: `nll` (nats per token of the targets, sentinels and end included) and `accuracy`.
     """
 
     summary: ClassVar[str] = "Write spans, long spans or the rest of a text, as a mode token says (UL2)."
     paper: ClassVar[str] = "Tay et al. 2022, UL2: Unifying Language Learning Paradigms"
+    fills_spans: ClassVar[bool] = True
 
     name: Literal["mixture_of_denoisers"] = "mixture_of_denoisers"
     """Write spans, long spans or the rest of a text, as a mode token says."""

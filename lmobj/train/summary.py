@@ -64,12 +64,12 @@ def check_samples(run: Assembly) -> None:
     def use(prompt: str, params: Any) -> None:
         model = nnx.merge(graph, params)
         check_goes_on(run.objective)
+        if not prompt:
+            raise UserError("it is empty; accepted: a text of at least one character.")
         if writes_targets(run.objective):
             if run.objective.fills_spans:
                 sentinels_in(tokenizer, prompt)
         elif _writes(run, model, prompt):
-            if len(tokenizer.encode(prompt)) == 0:
-                raise UserError("it is empty; accepted: a text of at least one character.")
             _check_room(run, model, _read_length(run, prompt) + 1)
         else:
             check_reads_rows(model)

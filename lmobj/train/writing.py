@@ -93,7 +93,10 @@ class TargetWriter:
 
     def write_texts(self, sources: Sequence[str], settings: DecodingConfig) -> list[list[Continuation]]:
         """Targets for texts; for every one the samples or beams, the best beam first."""
-        return self.write(self.tokenizer.encode_batch(sources), settings)
+        encoded = self.tokenizer.encode_batch(sources)
+        if not all(len(ids) for ids in encoded):
+            raise UserError("the prompt is empty; accepted: a text of at least one character.")
+        return self.write(encoded, settings)
 
     def fill(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:
         """The text with the spans filled in that sentinels stand for; see `lmobj.evaluate.fill_spans`."""

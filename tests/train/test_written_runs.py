@@ -17,7 +17,7 @@ from lmobj.data import DataConfig, HeldOut, JsonLines, SentencePieceConfig, Text
 from lmobj.errors import UserError
 from lmobj.evaluate import BeamConfig, WritingConfig, score_written
 from lmobj.models import DecoderConfig, EncoderDecoderConfig
-from lmobj.objectives import PrefixLM, SequenceToSequence, SpanCorruption
+from lmobj.objectives import Denoiser, MixtureOfDenoisers, PrefixLM, SequenceToSequence, SpanCorruption
 from lmobj.train import TrainConfig, fit
 from lmobj.train.assemble import assemble
 from lmobj.train.sharding import MeshConfig
@@ -121,6 +121,10 @@ def test_eval_predict_and_generate_write_the_same(run: TrainedRun, tmp_path: pat
         assert 1 <= len(shown) - 1 <= 3  # and the sum
         assert main(["generate", str(folder), "--prompt", "1", "--tokens", "25"]) == 2
         assert "model.max_length is 24 and rows have 25 tokens" in capsys.readouterr().err
+        assert main(["generate", str(folder), "--prompt", ""]) == 2
+        assert "the prompt is empty" in capsys.readouterr().err
+        assert main(["fill", str(folder), "1 <extra_id_0>"]) == 2
+        assert "does not teach a model to fill masks" in capsys.readouterr().err
 
 
 def test_a_part_of_a_split_is_written_or_nothing(run: TrainedRun) -> None:
@@ -144,6 +148,8 @@ def test_what_cannot_be_is_told_before_training(tmp_path: pathlib.Path, monkeypa
         fit(dataclasses.replace(config, objective=SequenceToSequence(target_length=25)), quiet=True)
     with pytest.raises(UserError, match=r"objective.rendering is encoder_decoder, and Decoder"):
         fit(dataclasses.replace(config, model=DecoderConfig(layers=1, width=16, heads=2)), quiet=True)
+    with pytest.raises(UserError, match=r"sample has the prompt '', which the model cannot use: it is empty"):
+        fit(dataclasses.replace(config, sample=("",)), quiet=True)
     best = dataclasses.replace(config.train.best, metric="bleu")
     with pytest.raises(UserError, match=r"train.best.metric is 'bleu'; accepted: accuracy, loss"):
         fit(dataclasses.replace(config, train=dataclasses.replace(config.train, best=best)), quiet=True)
@@ -172,6 +178,8 @@ def test_span_corruption_fills_spans_and_prefixes_are_gone_on_with(tmp_path: pat
         assert whole.endswith(" sees the")
         assert [(one.mark, len(one.pieces)) for one in fillings] == [("<extra_id_0>", 2)]
         assert run.assembly.objective.rooms(run.assembly.spec.length).targets == run.writer.max_new_tokens
+        mixed = _untrained(tmp_path, MixtureOfDenoisers(denoisers=(Denoiser(),)))
+        assert mixed.fill_text("<extra_id_0> sees", 1)[1][0].mark == "<extra_id_0>"
         prefix = _untrained(tmp_path, PrefixLM())
         settings = prefix.writer.settings(None, 4)
         assert len(prefix.continue_text(["the quick"], settings)[0][0].tokens) <= 4
