@@ -137,15 +137,19 @@ class DenoisingAutoencoder(TextToText):
             )
         return RowSpec(spec.layout, spec.length, fields=self._fields)
 
+    def around(self, vocab: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """<s> and </s>, as around the text of a row."""
+        bos, eos, _ = self._specials(vocab)
+        return (bos,), (eos,)
+
     def denoise(self, keys: Key[Array, " B"], batch: Batch, vocab: Vocabulary) -> Denoised:
         """Takes each row through the steps, between <s> and </s>."""
         rooms = self.rooms(batch["tokens"].shape[1])
         bos, eos, _ = self._specials(vocab)
 
         at = jnp.arange(rooms.targets)
-        inside = jnp.clip(
-            at - 1, 0, rooms.targets - 3
-        )  # a gather; XLA loses a token of a padded row spread over devices
+        # A gather, because XLA loses a token of a padded row that is spread over devices.
+        inside = jnp.clip(at - 1, 0, rooms.targets - 3)
 
         def one(key: Key[Array, ""], tokens: Int[Array, " R"], length: Int[Array, ""], marks: Marks) -> Denoised:
             text = jnp.where(at == 0, bos, jnp.where(at == length + 1, eos, tokens[inside]))
