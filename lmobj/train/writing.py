@@ -25,12 +25,13 @@ from lmobj.evaluate import (
     check_scores,
     continuations,
     fill_spans,
+    sentinel_tokens,
     write_targets,
 )
 from lmobj.objectives import InputsToTargets, Objective
 from lmobj.train.assemble import Assembly
 
-__all__ = ["TargetWriter", "check_goes_on", "check_scored", "report_written", "score_line", "writes_targets"]
+__all__ = ["TargetWriter", "check_goes_on", "check_writing", "report_written", "score_line", "writes_targets"]
 
 
 def writes_targets(objective: Objective) -> TypeGuard[InputsToTargets]:
@@ -100,6 +101,13 @@ class TargetWriter:
         rooms: dict[str, Any] = {"length": self._length, "max_new_tokens": self.max_new_tokens}
         return fill_spans(self.model, self.tokenizer, text, k, start=self._start, around=self._around, **rooms)
 
+    def check(self, prompt: str) -> None:
+        """Refuses a prompt that nothing could be written for, or filled into."""
+        if self.fills_spans:
+            sentinel_tokens(self.tokenizer, prompt, around=self._around, length=self._length)
+        elif not prompt:
+            raise UserError("the prompt is empty; accepted: a text of at least one character.")
+
     @property
     def fills_spans(self) -> bool:
         """Whether what it writes are the spans that sentinels stand for."""
@@ -156,9 +164,17 @@ def score_line(figures: Mapping[str, float]) -> str:
     return f"BLEU {bleu}, chrF {chrf}, ROUGE-1/2/L {'/'.join(rouge)}"
 
 
-def check_scored(run: Assembly) -> None:
-    """Refuses, before any training, to score texts without the packages for it."""
-    if run.objective.task == "sequence_to_sequence" and _config(run).examples != 0:
+def check_writing(run: Assembly) -> None:
+    """Refuses, before any training, settings of writing where nothing is written, and to score texts without the
+    packages for it."""
+    objective = run.objective
+    if run.config.writing is not None and not writes_targets(objective):
+        raise UserError(
+            f"writing is set, and objective.name={getattr(objective, 'name', type(objective).__name__)} trains no "
+            "encoder with a decoder to write; accepted: an objective with rendering encoder_decoder, such as "
+            "sequence_to_sequence, or no such section."
+        )
+    if objective.task == "sequence_to_sequence" and _config(run).examples != 0:
         check_scores()
 
 
