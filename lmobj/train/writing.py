@@ -83,8 +83,8 @@ class TargetWriter:
     ) -> list[list[Continuation]]:
         """Targets for sources in tokens, of which those that are too long lose their last ones."""
         before, after = self._around
-        room = self._length - len(before) - len(after)
-        rows = [np.concatenate([before, np.asarray(source)[:room], after]).astype(np.int32) for source in sources]
+        cut = (np.asarray(source)[: self._room] for source in sources)
+        rows = [np.concatenate([before, source, after]).astype(np.int32) for source in cut]
         size = self.run.config.train.batch_size
         eos = self.run.vocab.eos
         found = write_targets(
@@ -93,8 +93,15 @@ class TargetWriter:
         return continuations(self.tokenizer, found)
 
     def write_texts(self, sources: Sequence[str], settings: DecodingConfig) -> list[list[Continuation]]:
-        """Targets for texts; for every one the samples or beams, the best beam first."""
-        return self.write(self.tokenizer.encode_batch(sources), settings)
+        """Targets for texts; for every one the samples or beams, the best beam first.
+
+        Raises:
+          UserError: a text that is too long, where its target is not one of a task but goes on with all of it.
+        """
+        encoded = self.tokenizer.encode_batch(sources)
+        for text, tokens in zip(sources, encoded, strict=True):
+            self._check_length(text, len(tokens))
+        return self.write(encoded, settings)
 
     def fill(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:
         """The text with the spans filled in that sentinels stand for; see `lmobj.evaluate.fill_spans`."""
@@ -107,6 +114,12 @@ class TargetWriter:
             sentinel_tokens(self.tokenizer, prompt, around=self._around, length=self._length)
         elif not prompt:
             raise UserError("the prompt is empty; accepted: a text of at least one character.")
+        else:
+            self._check_length(prompt, len(self.tokenizer.encode(prompt)))
+
+    def _check_length(self, text: str, count: int) -> None:
+        if count > self._room and self._objective.task is None:
+            raise UserError(f"the text {text!r:.60} has {count} tokens; accepted: up to {self._room}, as in training.")
 
     @property
     def fills_spans(self) -> bool:
@@ -123,6 +136,11 @@ class TargetWriter:
     def _length(self) -> int:
         """Most tokens that the encoder read in training."""
         return self._objective.rooms(self.run.spec.length).inputs
+
+    @property
+    def _room(self) -> int:
+        """Most tokens of a source itself."""
+        return self._length - sum(map(len, self._around))
 
     @property
     def _start(self) -> int:

@@ -184,6 +184,8 @@ def test_span_corruption_fills_spans_and_prefixes_are_gone_on_with(tmp_path: pat
         prefix = _untrained(tmp_path, PrefixLM())
         settings = prefix.writer.settings(None, 4)
         assert len(prefix.continue_text(["the quick"], settings)[0][0].tokens) <= 4
+    with pytest.raises(UserError, match=r"has \d+ tokens; accepted: up to 23, as in training"):
+        prefix.continue_text(["the quick " * 11], settings)
     with pytest.raises(UserError, match="does not teach a model to fill masks"):
         prefix.fill_text(text)
     decoder = DecoderConfig(layers=1, width=16, heads=2, max_length=24)
