@@ -29,13 +29,12 @@ _STATISTICS = {
     "repeated_4": "repeated 4-grams / 4-grams",
     "longest_repeat": "longest repeated run of tokens",
 }
-
-
 _METHODS = {
     SamplingConfig: "drawing without --beam",
     BeamConfig: "a search with --beam",
     UnmaskingConfig: "unmasking by a run of masked_diffusion",
 }
+"""How messages speak of them."""
 _FLAGS = {"max_new_tokens": "tokens", "num_samples": "samples", "num_beams": "beam", "block_length": "block"}
 """Options that have other names than the settings."""
 

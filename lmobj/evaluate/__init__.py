@@ -35,7 +35,7 @@ from lmobj.evaluate._decoding import DecodingConfig, FilledMasks, fill_masks, ge
 from lmobj.evaluate._diffusion_bound import DiffusionBounds, diffusion_bounds
 from lmobj.evaluate._entity_scores import EntityReport, EntityScore, score_entities
 from lmobj.evaluate._few_shot import Answers, FewShot, Shot, answer_queries, choose_shots
-from lmobj.evaluate._filled_spans import fill_spans, sentinels_in
+from lmobj.evaluate._filled_spans import fill_spans, sentinel_tokens
 from lmobj.evaluate._generation import (
     GenerationConfig,
     TextFigures,
@@ -201,7 +201,7 @@ __all__ = [
     "seed_difference",
     "seed_spread",
     "self_bleu",
-    "sentinels_in",
+    "sentinel_tokens",
     "summarise_answers",
     "task_metrics",
     "task_report",

@@ -138,7 +138,7 @@ class DenoisingAutoencoder(TextToText):
         return RowSpec(spec.layout, spec.length, fields=self._fields)
 
     def around(self, vocab: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """<s> and </s>."""
+        """<s> and </s>, as around the text of a row."""
         bos, eos, _ = self._specials(vocab)
         return (bos,), (eos,)
 
@@ -147,7 +147,7 @@ class DenoisingAutoencoder(TextToText):
         rooms = self.rooms(batch["tokens"].shape[1])
         bos, eos, _ = self._specials(vocab)
         at = jnp.arange(rooms.targets)
-        # Where each token comes from, for a gather: XLA loses one of a padded row that is spread over devices.
+        # A gather, because XLA loses a token of a padded row that is spread over devices.
         inside = jnp.clip(at - 1, 0, rooms.targets - 3)
 
         def one(key: Key[Array, ""], tokens: Int[Array, " R"], length: Int[Array, ""], marks: Marks) -> Denoised:

@@ -41,7 +41,8 @@ class Denoiser:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     noise_density: float = 0.15
-    """Share of the tokens that are to be written, above 0 and below 1; with a prefix the average, at most 0.5."""
+    """Share of the tokens that are to be written, above 0 and below 1; with a prefix the average, and above 0.5 as
+    0.5."""
     mean_span: float | None = 3.0
     """Average tokens of a span, at least 1; null: one span, which is all that follows a prefix of random length."""
     mark: Mark | None = None
@@ -137,6 +138,16 @@ class MixtureOfDenoisers(TextToText):
         ]
         vocab.require_sentinels(who, max(spans))
         return super().rows(vocab, length)
+
+    def around(self, vocab: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the first denoiser of prefixes has around one, so that the text is gone on with; the end token alone
+        where there is no such denoiser."""
+        before, after = super().around(vocab)
+        for one in self.denoisers:
+            if one.mean_span is None:
+                mark = () if one.mark is None else vocab.require(f"objective {self.name}", one.mark)
+                return mark, (vocab.require_sentinels(f"objective {self.name}", 1), *after)
+        return before, after
 
     def denoise(self, keys: Key[Array, " B"], batch: Batch, vocab: Vocabulary) -> Denoised:
         """Draws each row's denoiser, then its noise."""

@@ -40,7 +40,7 @@ def check_infilling(objective: Objective, rows: Rows, data: DataConfig) -> None:
         raise UserError(
             "data.fill_in_middle moves the middle of documents for models that read them end to end from the left, "
             f"which objective.name={getattr(objective, 'name', type(objective).__name__)} does not; accepted: "
-            "causal_lm or transformer_xl, or no data.fill_in_middle."
+            "causal_lm, multi_token_prediction or transformer_xl, or no data.fill_in_middle."
         )
 
 

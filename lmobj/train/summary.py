@@ -24,7 +24,6 @@ from lmobj.evaluate import (
     infill_text,
     infilling_tokens,
     masked_tokens,
-    sentinels_in,
 )
 from lmobj.models import CachedModel
 from lmobj.objectives import MaskedDiffusion
@@ -38,7 +37,7 @@ from lmobj.train.run_folder import RunFolder
 from lmobj.train.split_report import examine, reported_splits
 from lmobj.train.step import State
 from lmobj.train.tracking import Tracker
-from lmobj.train.writing import TargetWriter, check_goes_on, check_scored, score_line, writes_targets
+from lmobj.train.writing import TargetWriter, check_goes_on, check_writing, score_line, writes_targets
 
 __all__ = ["check_samples", "summarise"]
 
@@ -56,7 +55,7 @@ def check_samples(run: Assembly) -> None:
     """
     if run.config.generation is not None:
         check_generation(run, run.config.generation)
-    check_scored(run)
+    check_writing(run)
     if "model" not in run.program.graphs:
         return
     graph, tokenizer = run.program.graphs["model"], run.dataset.tokenizer
@@ -67,8 +66,7 @@ def check_samples(run: Assembly) -> None:
         if not prompt:
             raise UserError("it is empty; accepted: a text of at least one character.")
         if writes_targets(run.objective):
-            if run.objective.fills_spans:
-                sentinels_in(tokenizer, prompt)
+            TargetWriter(run, model).check(prompt)
         elif _writes(run, model, prompt):
             _check_room(run, model, _read_length(run, prompt) + 1)
         else:

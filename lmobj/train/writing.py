@@ -25,12 +25,13 @@ from lmobj.evaluate import (
     check_scores,
     continuations,
     fill_spans,
+    sentinel_tokens,
     write_targets,
 )
 from lmobj.objectives import InputsToTargets, Objective
 from lmobj.train.assemble import Assembly
 
-__all__ = ["TargetWriter", "check_goes_on", "check_scored", "report_written", "score_line", "writes_targets"]
+__all__ = ["TargetWriter", "check_goes_on", "check_writing", "report_written", "score_line", "writes_targets"]
 
 
 def writes_targets(objective: Objective) -> TypeGuard[InputsToTargets]:
@@ -82,8 +83,8 @@ class TargetWriter:
     ) -> list[list[Continuation]]:
         """Targets for sources in tokens, of which those that are too long lose their last ones."""
         before, after = self._around
-        room = self._length - len(before) - len(after)
-        rows = [np.concatenate([before, np.asarray(source)[:room], after]).astype(np.int32) for source in sources]
+        cut = (np.asarray(source)[: self._room] for source in sources)
+        rows = [np.concatenate([before, source, after]).astype(np.int32) for source in cut]
         size = self.run.config.train.batch_size
         eos = self.run.vocab.eos
         found = write_targets(
@@ -92,16 +93,33 @@ class TargetWriter:
         return continuations(self.tokenizer, found)
 
     def write_texts(self, sources: Sequence[str], settings: DecodingConfig) -> list[list[Continuation]]:
-        """Targets for texts; for every one the samples or beams, the best beam first."""
+        """Targets for texts; for every one the samples or beams, the best beam first.
+
+        Raises:
+          UserError: a text that is too long, where its target is not one of a task but goes on with all of it.
+        """
         encoded = self.tokenizer.encode_batch(sources)
         if not all(len(ids) for ids in encoded):
             raise UserError("the prompt is empty; accepted: a text of at least one character.")
+        for text, tokens in zip(sources, encoded, strict=True):
+            self._check_length(text, len(tokens))
         return self.write(encoded, settings)
 
     def fill(self, text: str, k: int = 5) -> tuple[str, list[Filling]]:
         """The text with the spans filled in that sentinels stand for; see `lmobj.evaluate.fill_spans`."""
         rooms: dict[str, Any] = {"length": self._length, "max_new_tokens": self.max_new_tokens}
-        return fill_spans(self.model, self.tokenizer, text, k, start=self._start, around=self._around, **rooms)
+        return fill_spans(self.model, self.tokenizer, text, k, start=self._start, around=self._end, **rooms)
+
+    def check(self, prompt: str) -> None:
+        """Refuses a prompt that nothing could be written for, or filled into."""
+        if self.fills_spans:
+            sentinel_tokens(self.tokenizer, prompt, around=self._end, length=self._length)
+        else:
+            self._check_length(prompt, len(self.tokenizer.encode(prompt)))
+
+    def _check_length(self, text: str, count: int) -> None:
+        if count > self._room and self._objective.task is None:
+            raise UserError(f"the text {text!r:.60} has {count} tokens; accepted: up to {self._room}, as in training.")
 
     @property
     def fills_spans(self) -> bool:
@@ -120,12 +138,22 @@ class TargetWriter:
         return self._objective.rooms(self.run.spec.length).inputs
 
     @property
+    def _room(self) -> int:
+        """Most tokens of a source itself."""
+        return self._length - sum(map(len, self._around))
+
+    @property
     def _start(self) -> int:
         return self._objective.start(self.run.vocab)
 
     @property
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self._objective.around(self.run.vocab)
+
+    @property
+    def _end(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What is around a text with sentinels, of which a mode token is part."""
+        return (), self._around[1][-1:]
 
 
 def report_written(
@@ -159,9 +187,17 @@ def score_line(figures: Mapping[str, float]) -> str:
     return f"BLEU {bleu}, chrF {chrf}, ROUGE-1/2/L {'/'.join(rouge)}"
 
 
-def check_scored(run: Assembly) -> None:
-    """Refuses, before any training, to score texts without the packages for it."""
-    if run.objective.task == "sequence_to_sequence" and _config(run).examples != 0:
+def check_writing(run: Assembly) -> None:
+    """Refuses, before any training, settings of writing where nothing is written, and to score texts without the
+    packages for it."""
+    objective = run.objective
+    if run.config.writing is not None and not writes_targets(objective):
+        raise UserError(
+            f"writing is set, and objective.name={getattr(objective, 'name', type(objective).__name__)} trains no "
+            "encoder with a decoder to write; accepted: an objective with rendering encoder_decoder, such as "
+            "sequence_to_sequence, or no such section."
+        )
+    if objective.task == "sequence_to_sequence" and _config(run).examples != 0:
         check_scores()
 
 

@@ -81,6 +81,11 @@ def test_texts_that_cannot_be_filled(
         filled(tokenizer, monkeypatch, ["<extra_id_0>"], text)
 
 
+def test_as_many_fillings_as_there_can_be(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=f"k is 0; accepted: 1 to {tokenizer.vocabulary.size} fillings"):
+        filled(tokenizer, monkeypatch, [])
+
+
 def test_a_vocabulary_needs_sentinels(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train_tokenizer(SentencePieceConfig(vocab_size=300), ["Thank you for inviting me\n" * 4])
     with pytest.raises(UserError, match="needs a vocabulary with sentinels"):

@@ -228,6 +228,7 @@ def test_rows_that_it_reads() -> None:
     assert INFILLING.rows(VOCAB, 16).fields == ("word_starts",)
     assert DELETION.rows(VOCAB, 16).fields == ()
     assert DenoisingAutoencoder(mask_rate=0).rows(VOCAB, 16).fields == ("sentence_ends",)
+    assert objective.around(VOCAB) == ((BOS,), (EOS,))  # as in the rows of `test_a_batch_by_hand`
     # 18 + ceil(1.8) = 20; 19 + 2 = 21
     assert DenoisingAutoencoder(insert_rate=0.1).raw_length(20) == 16
     # 2 * 20 = 40; with insertions 19 + 19 + 2 = 40

@@ -251,6 +251,27 @@ def test_every_denoiser_has_its_share_of_the_rows_and_its_lengths() -> None:
     assert abs(sequential - 256) < 4 * 11.4
 
 
+def test_a_text_is_given_as_inputs_are_made() -> None:
+    """To go on with a text, each objective's model is shown what stands around a prefix in training; UL2's, what its
+    denoiser of prefixes makes."""
+    prefixes = Denoiser(0.25, None, "s2s")
+    for objective in (
+        PrefixLM(),
+        MixtureOfDenoisers(denoisers=(prefixes,)),
+        MixtureOfDenoisers(denoisers=(dataclasses.replace(prefixes, mark=None),)),
+    ):
+        before, after = objective.around(VOCAB)
+        batch = make_rows(objective.raw_length(24), [], rows=8)
+        example, _ = corrupted(objective, batch)
+        for row in range(8):
+            inputs, text = read(example, row), batch["tokens"][row].tolist()
+            body = inputs[len(before) : len(inputs) - len(after)]
+            assert inputs == [*before, *text[: len(body)], *after]
+            assert len(body) >= 1
+    assert MixtureOfDenoisers().around(VOCAB) == ((VOCAB.s2s,), (FIRST_SENTINEL, EOS))
+    assert MixtureOfDenoisers(denoisers=(Denoiser(),)).around(VOCAB) == ((), (EOS,))
+
+
 def test_rows_with_more_spans_than_sentinels_count_nothing() -> None:
     few = dataclasses.replace(VOCAB, sentinels=VOCAB.sentinels[:3])
     example, _ = corrupted(SpanCorruption(noise="tokens", noise_density=0.3), make_rows(12, []), few)

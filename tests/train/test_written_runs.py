@@ -17,10 +17,11 @@ from lmobj.data import DataConfig, HeldOut, JsonLines, SentencePieceConfig, Text
 from lmobj.errors import UserError
 from lmobj.evaluate import BeamConfig, WritingConfig, score_written
 from lmobj.models import DecoderConfig, EncoderDecoderConfig
-from lmobj.objectives import Denoiser, MixtureOfDenoisers, PrefixLM, SequenceToSequence, SpanCorruption
+from lmobj.objectives import CausalLM, Denoiser, MixtureOfDenoisers, PrefixLM, SequenceToSequence, SpanCorruption
 from lmobj.train import TrainConfig, fit
 from lmobj.train.assemble import assemble
 from lmobj.train.sharding import MeshConfig
+from lmobj.train.summary import check_samples
 from lmobj.train.trained import TrainedRun, open_run
 
 Captured = pytest.CaptureFixture[str]
@@ -153,6 +154,11 @@ def test_what_cannot_be_is_told_before_training(tmp_path: pathlib.Path, monkeypa
     best = dataclasses.replace(config.train.best, metric="bleu")
     with pytest.raises(UserError, match=r"train.best.metric is 'bleu'; accepted: accuracy, loss"):
         fit(dataclasses.replace(config, train=dataclasses.replace(config.train, best=best)), quiet=True)
+    with pytest.raises(UserError, match=r"sample has the prompt '', which the model cannot use: it is empty"):
+        fit(dataclasses.replace(config, sample=("",)), quiet=True)
+    causal = {"objective": CausalLM(), "model": DecoderConfig(layers=1, width=16, heads=2, max_length=24)}
+    with pytest.raises(UserError, match=r"writing is set, and objective.name=causal_lm trains no encoder with a dec"):
+        fit(dataclasses.replace(config, **causal), quiet=True)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(UserError, match=r"pip install 'lmobj\[scores\]', or set writing.examples=0"):
         fit(config, quiet=True)
@@ -175,6 +181,9 @@ def test_span_corruption_fills_spans_and_prefixes_are_gone_on_with(tmp_path: pat
         run = _untrained(tmp_path, SpanCorruption())
         whole, fillings = run.fill_text(text, 2)
         assert whole.startswith("the quick")
+        long = dataclasses.replace(run.assembly.config, sample=("the quick " * 9 + "<extra_id_0>",))
+        with pytest.raises(UserError, match=r"sample has the prompt .* tokens; accepted: up to 24, as in training"):
+            check_samples(dataclasses.replace(run.assembly, config=long))
         assert whole.endswith(" sees the")
         assert [(one.mark, len(one.pieces)) for one in fillings] == [("<extra_id_0>", 2)]
         assert run.assembly.objective.rooms(run.assembly.spec.length).targets == run.writer.max_new_tokens
@@ -183,6 +192,8 @@ def test_span_corruption_fills_spans_and_prefixes_are_gone_on_with(tmp_path: pat
         prefix = _untrained(tmp_path, PrefixLM())
         settings = prefix.writer.settings(None, 4)
         assert len(prefix.continue_text(["the quick"], settings)[0][0].tokens) <= 4
+    with pytest.raises(UserError, match=r"has \d+ tokens; accepted: up to 23, as in training"):
+        prefix.continue_text(["the quick " * 11], settings)
     with pytest.raises(UserError, match="does not teach a model to fill masks"):
         prefix.fill_text(text)
     decoder = DecoderConfig(layers=1, width=16, heads=2, max_length=24)
