@@ -84,7 +84,7 @@ def generate(
     if isinstance(settings, BeamConfig):
         return jax.device_get(_search(graphdef, state, padded, lengths, settings, eos))
     count, samples = len(rows), settings.num_samples
-    keys = sample_keys(settings.seed, count, samples)
+    keys = sample_keys(settings.seed, np.arange(count), samples)
     settings = dataclasses.replace(settings, seed=0)  # so that another seed does not compile again
     padded, lengths = np.repeat(padded, samples, axis=0), np.repeat(lengths, samples)
     if isinstance(settings, UnmaskingConfig):
@@ -160,14 +160,15 @@ def _unmask(
     return unmask(model, prompts, lengths, keys, settings=settings, mask_id=mask_id, eos=eos)
 
 
-def sample_keys(seed: int, prompts: int, samples: int) -> Key[Array, " PN"]:
-    """One key per (prompt, sample), prompt by prompt; more of either changes no key."""
+def sample_keys(seed: int, addresses: np.ndarray, samples: int) -> Key[Array, " PN"]:
+    """One key per (address of a prompt, sample), prompt by prompt; more of either changes no key."""
     base = jax.random.key(seed, impl="threefry2x32")
 
-    def key_of(prompt: Int[Array, ""], number: Int[Array, ""]) -> Key[Array, ""]:
-        return jax.random.fold_in(jax.random.fold_in(base, prompt), number)
+    def key_of(address: Int[Array, ""], number: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.fold_in(base, address), number)
 
-    return jax.vmap(key_of)(jnp.repeat(jnp.arange(prompts), samples), jnp.tile(jnp.arange(samples), prompts))
+    numbers = jnp.tile(jnp.arange(samples), len(addresses))
+    return jax.vmap(key_of)(jnp.repeat(jnp.asarray(addresses), samples), numbers)
 
 
 def check_prompts(model: HeadModel, prompts: list[np.ndarray], eos: int | None) -> None:

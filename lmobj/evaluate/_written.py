@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
@@ -76,6 +77,8 @@ def write_targets(
 ) -> Generated:
     """Writes a target for each source; returns host arrays of S sources x N samples x at most `max_new_tokens` tokens.
 
+    What is drawn for a source depends on the seed and on its tokens, not on its place among others.
+
     Compiles once per (model structure, width and number of rows, settings, start, eos). Widths are powers of two from
     16 on, and `length`; numbers are powers of two, and `batch_size`.
 
@@ -107,7 +110,8 @@ def write_targets(
     if isinstance(settings, SamplingConfig):
         seed = settings.seed
         settings = dataclasses.replace(settings, seed=0)  # so that another seed does not compile again
-    keys = sample_keys(seed, len(rows), samples).reshape(len(rows), samples)
+    addresses = np.array([zlib.crc32(row.astype("<i4").tobytes()) for row in rows], np.uint32)
+    keys = sample_keys(seed, addresses, samples).reshape(len(rows), samples)
     graphdef, state = nnx.split(model)
     size = min(batch_size, _power_of_two(len(rows)))
     order = np.argsort(-lengths, kind="stable")

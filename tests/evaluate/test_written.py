@@ -98,6 +98,14 @@ def test_one_beam_without_end_is_greedy() -> None:
     np.testing.assert_allclose(beam.log_probs, greedy.log_probs, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_drawn_is_the_sources_own() -> None:
+    """By itself, and behind others, as parts of a file are written."""
+    settings = SamplingConfig(max_new_tokens=4, num_samples=2, seed=7)
+    together, alone = write(settings), write(settings, SOURCES[2:])
+    assert texts(together, 2) == texts(alone, 0)
+    assert texts(together, 0) != texts(together, 2)
+
+
 def test_batches_change_nothing_and_every_source_has_its_samples() -> None:
     settings = SamplingConfig(max_new_tokens=4, num_samples=3, seed=7)
     sources = [*SOURCES, [1] * 12, [2, 3], [5, 5, 5]]
