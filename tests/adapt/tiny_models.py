@@ -14,6 +14,7 @@ from flax import nnx
 from lmobj import adapt, masks
 from lmobj.batch import Vocabulary
 from lmobj.models import DecoderConfig, ElectraConfig, EncoderConfig, EncoderDecoderConfig, XLNetConfig
+from tests.styles import BART
 
 VOCAB = Vocabulary(20)
 ROWS, LENGTH = 2, 5
@@ -44,16 +45,7 @@ CONFIGS: dict[str, Any] = {
     "bart": EncoderDecoderConfig(
         layers=2,
         max_length=8,
-        head_width=None,
-        positions="learned",
-        norm="layernorm",
-        pre_norm=False,
-        embedding_norm=True,
-        activation="gelu_exact",
-        bias=True,
-        tie_embeddings=True,
-        output_bias=True,
-        scale_attention=True,
+        **BART,
         **_SIZE,
     ),
 }

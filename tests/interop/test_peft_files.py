@@ -18,6 +18,7 @@ from lmobj.batch import Vocabulary
 from lmobj.errors import UserError
 from lmobj.interop import peft
 from lmobj.models import DecoderConfig, EncoderConfig, EncoderDecoderConfig
+from tests.styles import BART
 
 SIZE: dict[str, Any] = {"layers": 2, "width": 4, "heads": 2, "mlp_width": 6, "max_length": 8, "vocab_multiple": 1}
 CONFIGS = {
@@ -27,17 +28,7 @@ CONFIGS = {
     "t5": EncoderDecoderConfig(**SIZE, decoder_layers=1, head_width=3),
     "bart": EncoderDecoderConfig(
         **SIZE,
-        head_width=None,
-        positions="learned",
-        norm="layernorm",
-        norm_eps=1e-5,
-        pre_norm=False,
-        embedding_norm=True,
-        activation="gelu_exact",
-        bias=True,
-        tie_embeddings=True,
-        output_bias=True,
-        scale_attention=True,
+        **BART,
     ),
 }
 

@@ -22,6 +22,7 @@ from lmobj.models import (
     ModelConfig,
     XLNetConfig,
 )
+from tests.styles import BART
 
 VOCAB = Vocabulary(30)
 DROPOUT = {"dropout": 0.3, "embedding_dropout": 0.2}
@@ -75,17 +76,8 @@ CONFIGS: dict[str, ModelConfig] = {
         **SIZE,
         **DROPOUT,
         attention_dropout=0.2,
-        head_width=None,
         mlp_width=None,
-        positions="learned",
-        norm="layernorm",
-        pre_norm=False,
-        embedding_norm=True,
-        activation="gelu_exact",
-        bias=True,
-        tie_embeddings=True,
-        output_bias=True,
-        scale_attention=True,
+        **BART,
     ),
 }
 DECODERS = ["gpt2", "llama", "gru"]

@@ -31,6 +31,7 @@ from lmobj.models import (
 )
 from lmobj.objectives import Objective
 from lmobj.train.step import Program, State
+from tests import styles
 
 BATCH, LENGTH = 8, 16
 WORDS = 40
@@ -65,24 +66,7 @@ XLNET = XLNetConfig(layers=2, width=16, heads=2, memory_length=10, **DROPOUT)
 TRANSFORMER_XL = dataclasses.replace(
     XLNET, direction="backward", segments=False, query_stream=False, untie_biases=False
 )
-BART = EncoderDecoderConfig(
-    layers=2,
-    width=16,
-    heads=2,
-    head_width=None,
-    mlp_width=32,
-    max_length=2 * LENGTH,
-    positions="learned",
-    norm="layernorm",
-    pre_norm=False,
-    embedding_norm=True,
-    activation="gelu_exact",
-    bias=True,
-    tie_embeddings=True,
-    output_bias=True,
-    scale_attention=True,
-    **DROPOUT,
-)
+BART = EncoderDecoderConfig(layers=2, width=16, heads=2, mlp_width=32, max_length=2 * LENGTH, **styles.BART, **DROPOUT)
 
 
 @dataclass(frozen=True)

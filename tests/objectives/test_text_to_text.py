@@ -13,7 +13,7 @@ import pytest
 from lmobj import noise
 from lmobj.batch import RowSpec, Vocabulary
 from lmobj.errors import UserError
-from lmobj.models import DecoderConfig, EncoderDecoderConfig, RowUse
+from lmobj.models import DecoderConfig, RowUse
 from lmobj.objectives import (
     Context,
     Denoiser,
@@ -27,7 +27,7 @@ from lmobj.objectives import (
     step_keys,
 )
 from tests.mutants import Mutant, assert_killed
-from tests.objectives.learning import Topics, learn
+from tests.objectives.learning import SEQ2SEQ, Topics, learn
 
 PAD, EOS, FIRST_SENTINEL, SENTINELS = 0, 3, 299, 128
 VOCAB = Vocabulary(
@@ -370,19 +370,6 @@ def test_mutants_are_noticed(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) ->
 
 # --- learning -----------------------------------------------------------------------------------------------------
 
-SEQ2SEQ = EncoderDecoderConfig(
-    layers=2,
-    width=32,
-    heads=4,
-    head_width=8,
-    mlp_width=64,
-    max_length=32,
-    vocab_multiple=1,
-    positions="learned",
-    scale_attention=True,
-    init_std=0.2,
-    remat="none",
-)
 PREFIX_DECODER = DecoderConfig(layers=2, width=32, heads=4, max_length=64, vocab_multiple=1, init_std=0.2, remat="none")
 LANGUAGE = Topics(topics=4)
 TOPIC_VOCAB = dataclasses.replace(

@@ -23,6 +23,7 @@ from lmobj.speed import _measure, check_peer, measure, measure_each, notes, spee
 from lmobj.speed._ours import Pending
 from lmobj.train.assemble import Design, design
 from lmobj.train.plan import planned_vocabulary
+from tests.styles import BART
 from tests.train.tiny_runs import quick_compilation
 
 _CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
@@ -252,13 +253,6 @@ def _seq2seq(**settings: Any) -> Experiment:
     return dataclasses.replace(tiny("causal_lm"), model=model, objective=PrefixLM())
 
 
-_BART: dict[str, Any] = {
-    "head_width": None, "positions": "learned", "norm": "layernorm", "norm_eps": 1e-5, "pre_norm": False,
-    "embedding_norm": True, "activation": "gelu_exact", "bias": True, "tie_embeddings": True, "output_bias": True,
-    "scale_attention": True,
-}  # fmt: skip
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("make", "apart"),
@@ -283,7 +277,7 @@ _BART: dict[str, Any] = {
             marks=pytest.mark.slow,
         ),
         pytest.param(_seq2seq, 1e-4, id="t5", marks=pytest.mark.slow),
-        pytest.param(lambda: _seq2seq(**_BART), 1e-4, id="bart", marks=pytest.mark.slow),
+        pytest.param(lambda: _seq2seq(**BART), 1e-4, id="bart", marks=pytest.mark.slow),
         # LLaMA has weights of its own: both guess.
         pytest.param(lambda: tiny("causal_lm", "model.init_std=0.02"), 0.05, id="llama", marks=pytest.mark.slow),
     ],
