@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from lmobj.batch import RowSpec
@@ -24,8 +25,9 @@ class Reading:
 
     @classmethod
     def of(cls, run: Assembly) -> Reading:
-        """That of a run's model."""
-        return cls(run.dataset.tokenizer, run.spec, run.objective.causal)
+        """That of a run's model, which may take shorter rows than are read to make its inputs of (T5)."""
+        rows = dataclasses.replace(run.spec, length=min(run.spec.length, run.config.data.length))
+        return cls(run.dataset.tokenizer, rows, run.objective.causal)
 
     @property
     def typed(self) -> bool:

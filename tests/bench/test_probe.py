@@ -45,6 +45,7 @@ from lmobj.objectives import (
     Mixture,
     NextSentencePrediction,
     PermutationLM,
+    SpanCorruption,
     TransformerXL,
 )
 
@@ -183,10 +184,24 @@ class _Witness(nnx.Module):
 def test_masks_and_types_are_those_of_the_objective(objective: Any, last: list[int]) -> None:
     rows = objective.rows(Vocabulary(40, cls=_CLS, sep=_SEP, mask=3, eos=4), 32)
     spec = rows if isinstance(rows, RowSpec) else next(iter(rows.values()))
-    run: Any = SimpleNamespace(dataset=SimpleNamespace(tokenizer=_LETTERS), spec=spec, objective=objective)
-    reading = Reading.of(run)
+    reading = _reading_of(objective, spec)
     texts = text_rows([("abc", None)], _LETTERS, spec, 16, key="probe.length")
     assert _features(_Witness(), texts, reading, "last", batch_size=1).tolist() == [last]
+
+
+def test_texts_are_no_longer_than_what_the_model_reads() -> None:
+    """32 tokens, made of rows of 34 with spans of them hidden; or rows of 20, which leave room."""
+    vocab = Vocabulary(40, eos=4, sentinels=tuple(range(39, 29, -1)))
+    assert SpanCorruption().rows(vocab, 32).length == 34
+    assert _reading_of(SpanCorruption(), SpanCorruption().rows(vocab, 32)).rows.length == 32
+    assert _reading_of(CausalLM(), RowSpec("packed", 20)).rows.length == 20
+
+
+def _reading_of(objective: Any, spec: RowSpec) -> Reading:
+    """Of a run with that objective and those rows, whose `data.length` is 32."""
+    data, config = SimpleNamespace(tokenizer=_LETTERS), SimpleNamespace(data=SimpleNamespace(length=32))
+    run: Any = SimpleNamespace(dataset=data, spec=spec, objective=objective, config=config)
+    return Reading.of(run)
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
