@@ -144,7 +144,7 @@ def test_vmap_over_keys_equals_each(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("bench", "mapped"),
     [_param(name, "shard_map", slow=name not in SYSTEMS) for name in CASES]
-    + [_param(name, "pmap", slow=True) for name in FULL_CASES],
+    + [_param(name, "pmap", slow=True) for name in SYSTEMS],
     indirect=["bench"],
 )
 def test_mapped_shares_add_up_to_the_whole(bench: Bench, mapped: str) -> None:
