@@ -18,6 +18,8 @@ from lmobj.train.tracking import read_metrics
 __all__ = ["UNITS", "draw_results"]
 
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#E69F00", "#000000")
+_ARM_INCHES = 0.85
+"""Of a panel's width, what the name of an arm takes at least."""
 UNITS: Mapping[BudgetKind, str] = {"tokens": "tokens", "flops": "counted FLOPs", "seconds": "seconds of training"}
 
 
@@ -40,7 +42,8 @@ def draw_results(
     # Text as paths, so that a picture in a README looks alike everywhere; no dates, so that equal results give equal
     # files.
     with matplotlib.rc_context({**STYLE, "svg.fonttype": "path"}):
-        figure = Figure(figsize=(1.2 + 4.6 * len(panels), 4.2), layout="constrained")
+        width = max(4.6, _ARM_INCHES * len(lines))  # names of many arms stand side by side
+        figure = Figure(figsize=(1.2 + width * len(panels), 4.2), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             if panel == "probe":
                 _draw_probe(axes, lines, colours)
