@@ -41,7 +41,9 @@ class SpanCorruption(TextToText):
     """
 
     summary: ClassVar[str] = "Write the spans of a text that sentinels stand for (T5)."
-    paper: ClassVar[str] = "Raffel et al. 2020, Exploring the Limits of Transfer Learning with a Unified Transformer"
+    paper: ClassVar[str] = (
+        "Raffel et al. 2020, Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer"
+    )
     fills_spans: ClassVar[bool] = True
 
     name: Literal["span_corruption"] = "span_corruption"
