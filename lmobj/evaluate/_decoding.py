@@ -30,7 +30,7 @@ from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._unmasking import UnmaskingConfig, unmask
 from lmobj.models import CachedModel, LanguageModel
 
-__all__ = ["DecodingConfig", "FilledMasks", "check_prompts", "fill_masks", "generate", "sample_keys"]
+__all__ = ["DecodingConfig", "FilledMasks", "check_prompts", "fill_masks", "generate", "pad_rows", "sample_keys"]
 
 DecodingConfig = SamplingConfig | BeamConfig
 """How to decode with a causal model, told apart by `name`."""
@@ -77,9 +77,7 @@ def generate(
     rows = [np.asarray(prompt) for prompt in prompts]
     check_prompts(model, rows, eos)
     lengths = np.array([len(row) for row in rows], np.int32)
-    padded = np.zeros((len(rows), lengths.max()), np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
+    padded = pad_rows(rows, lengths.max())
     graphdef, state = nnx.split(model)
     if isinstance(settings, BeamConfig):
         return jax.device_get(_search(graphdef, state, padded, lengths, settings, eos))
@@ -158,6 +156,14 @@ def _unmask(
 ) -> Generated:
     model = nnx.merge(graphdef, state)
     return unmask(model, prompts, lengths, keys, settings=settings, mask_id=mask_id, eos=eos)
+
+
+def pad_rows(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """The rows as one array, [rows, width] int32, with 0 after their ends."""
+    padded = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
 
 
 def sample_keys(seed: int, addresses: np.ndarray, samples: int) -> Key[Array, " PN"]:

@@ -25,7 +25,7 @@ from lmobj import masks
 from lmobj.errors import UserError
 from lmobj.evaluate._beam_search import BeamConfig, beam_search
 from lmobj.evaluate._cached import Generated
-from lmobj.evaluate._decoding import DecodingConfig, check_prompts, sample_keys
+from lmobj.evaluate._decoding import DecodingConfig, check_prompts, pad_rows, sample_keys
 from lmobj.evaluate._sampling import SamplingConfig, sample
 from lmobj.evaluate._written_scores import Words
 from lmobj.models import Cache, EncoderDecoderModel, OutputHead
@@ -120,9 +120,7 @@ def write_targets(
         chosen = order[first : first + size]
         filled = np.pad(chosen, (0, size - len(chosen)), mode="edge")
         width = min(length, max(_LEAST_WIDTH, _power_of_two(int(lengths[chosen[0]]))))
-        tokens = np.zeros((size, width), np.int32)
-        for row, number in enumerate(filled):
-            tokens[row, : lengths[number]] = rows[number]
+        tokens = pad_rows([rows[number] for number in filled], width)
         found = jax.device_get(_write(graphdef, state, tokens, lengths[filled], keys[filled], settings, start, eos))
         parts.append(Generated(*(x[: len(chosen)] for x in found)))
         done(first + len(chosen))
